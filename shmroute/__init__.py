@@ -1,0 +1,31 @@
+"""shmroute: many inference worker processes share one cache of Mixture-of-Experts weights.
+
+See `create` and `attach`; the README has a running example.
+"""
+
+from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.routing import MemoryAwareRouter, RoutingDecision
+from shmroute.runtime import Runtime, RuntimeMetrics, attach, create, destroy
+from shmroute.shared.affinity import ExpertAffinity
+from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AffinityConfig",
+    "ExpertAffinity",
+    "MemoryAwareRouter",
+    "PagerConfig",
+    "PagingDirection",
+    "PagingPriority",
+    "PagingRequest",
+    "RouterConfig",
+    "RoutingDecision",
+    "Runtime",
+    "RuntimeConfig",
+    "RuntimeMetrics",
+    "__version__",
+    "attach",
+    "create",
+    "destroy",
+]

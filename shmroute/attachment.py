@@ -1,0 +1,311 @@
+"""This process's one attachment to a segment, shared by every `Runtime` that was attached to it.
+
+A process has one mapping and one worker lane per segment, however often it attaches. The attachment claims the lane
+when it is first needed, keeps the mapping in place while anything uses it, and lets go of everything at the end.
+
+A forked child inherits the objects but not the lane, which names its parent: it is detached at once, and attaches
+anew if it wants to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.errors import CheckpointError, ConfigError, NoWorkerLane, RuntimeClosedError
+from shmroute.pager_lock import PagerLock
+from shmroute.shared import lanes
+from shmroute.shared.affinity import power_table
+from shmroute.shared.atomic import WORD
+from shmroute.shared.bell import Semaphore, listen, mark, unlink_semaphore
+from shmroute.shared.identity import own_identity
+from shmroute.shared.layout import HEADER_BELL, LANE_BASELINE, LANE_BELL, LANE_SHARD, LANE_WAIT
+from shmroute.shared.metrics import LANE_SHARD_WORDS
+from shmroute.shared.pool import Pool
+from shmroute.shared.segment import Segment
+from shmroute.config import open_configured_source
+from shmroute.sources import ExpertSource
+
+T = TypeVar("T")
+
+_registry: dict[str, Attachment] = {}
+_registry_mutex = threading.RLock()
+
+
+class Lane:
+    """The worker lane that this process holds.
+
+    Attributes
+    ----------
+    number : int
+    bit : int
+        Its bit in lease masks.
+    address : int
+    wait, bell, counters : int
+        Addresses of its wait word, bell word and metrics shard.
+    semaphore : Semaphore
+        Of its bell.
+    """
+
+    def __init__(self, segment: Segment, number: int) -> None:
+        self.number = number
+        self.bit = 1 << number
+        self.address = segment.address + segment.layout.lane(number)
+        self.wait = self.address + LANE_WAIT
+        self.bell = self.address + LANE_BELL
+        self.counters = self.address + LANE_SHARD
+        self.semaphore = Semaphore(segment.semaphore_name(number))
+        self.semaphore.drain()
+        lanes.copy_words(self.counters, self.address + LANE_BASELINE, LANE_SHARD_WORDS)
+
+    def counter(self, index: int) -> int:
+        """Address of one of its counters."""
+        return self.counters + index * WORD
+
+
+class Attachment:
+    """See the file's head. Made by `attachment_to` only."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.pool = Pool(segment)
+        self.powers: npt.NDArray[np.float64] = power_table(segment.config.affinity.decay)
+        self.users = 0
+        self._lane: Lane | None = None
+        self._pager_semaphore: Semaphore | None = None
+        self._mutex = threading.Lock()
+        self._idle = threading.Condition(self._mutex)
+        self._in_use = 0
+        self._closed: str | None = None
+        self._before_close: list[Callable[[], None]] = []
+        self._source: ExpertSource | None = None
+        self._source_mutex = threading.Lock()
+        self._shared: dict[Any, Any] = {}
+        self._shared_mutex = threading.Lock()
+
+    # ---------------------------------------------------------- use
+
+    @property
+    def closed(self) -> bool:
+        """Whether everything has been let go, or is about to be."""
+        return self._closed is not None
+
+    def check_open(self) -> None:
+        """Raise `RuntimeClosedError` once closed."""
+        if self._closed is not None:
+            raise RuntimeClosedError(self._closed)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Segment]:
+        """Keep the mapping in place for the length of a block.
+
+        Raises
+        ------
+        RuntimeClosedError
+            If it is gone.
+        """
+        with self._mutex:
+            self.check_open()
+            self._in_use += 1
+        try:
+            yield self.segment
+        finally:
+            with self._mutex:
+                self._in_use -= 1
+                if self._in_use == 0:
+                    self._idle.notify_all()
+
+    def before_close(self, action: Callable[[], None]) -> None:
+        """Have `action` run when everything is let go, while the mapping is still there."""
+        with self._mutex:
+            self.check_open()
+            self._before_close.append(action)
+
+    # ---------------------------------------------------------- lane
+
+    @property
+    def held_lane(self) -> Lane | None:
+        """The lane, if one has been claimed."""
+        return self._lane
+
+    def lane(self) -> Lane:
+        """The lane of this process, claimed on first use.
+
+        Raises
+        ------
+        NoWorkerLane
+            If all are taken by live processes.
+        SegmentClosingError
+            If the segment is being destroyed.
+        """
+        if self._lane is None:
+            with self._mutex:
+                self.check_open()
+                if self._lane is None:
+                    self._lane = self._claim_lane()
+        return self._lane
+
+    def _claim_lane(self) -> Lane:
+        segment = self.segment
+        segment.check_live()
+        identity = own_identity()
+        lanes.free_own_leftovers(segment, identity)
+        number = self._try_claim(identity)
+        if number < 0:
+            # The dead may fill the lanes while no pager is there to reap them.
+            with PagerLock(segment) as lock:
+                if lock.try_acquire():
+                    lanes.reap(segment)
+            number = self._try_claim(identity)
+        if number < 0:
+            raise NoWorkerLane(
+                f"all {segment.config.max_workers} worker lanes of {segment.name!r} are taken by live processes; "
+                f"stop one, or create the segment with a larger max_workers (at most 32)"
+            )
+        lane = Lane(segment, number)
+        if segment.closing:  # (lane claim / header state)
+            lanes.free_lane(segment, number)
+            lane.semaphore.close()
+            unlink_semaphore(lane.semaphore.name)
+            segment.check_live()
+        return lane
+
+    def _try_claim(self, identity: int) -> int:
+        layout = self.segment.layout
+        return int(
+            lanes.claim(
+                self.segment.address + layout.lanes, layout.lane_bytes, self.segment.config.max_workers, identity
+            )
+        )
+
+    def one(self, make: Callable[[Attachment], T]) -> T:
+        """What `make` makes of this attachment: made once, then the same for all runtimes of this process."""
+        with self._shared_mutex:
+            if make not in self._shared:
+                self._shared[make] = make(self)
+            made: T = self._shared[make]
+            return made
+
+    # ---------------------------------------------------------- where the experts come from
+
+    def source(self) -> ExpertSource:
+        """The runtime's source, opened here on first use.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime has none.
+        CheckpointError
+            If it cannot be opened here, or is not what the runtime was made for.
+        """
+        with self._source_mutex:
+            if self._source is None:
+                self._source = open_configured_source(self.segment.config)
+            return self._source
+
+    def location(self, layer: int, expert: int) -> str:
+        """Where an expert's bytes are, for messages."""
+        try:
+            return self.source().location(layer, expert)
+        except (ConfigError, CheckpointError, OSError) as error:
+            return f"a source that cannot be opened here ({error})"
+
+    # ---------------------------------------------------------- the pager's bell
+
+    def pager_semaphore(self) -> Semaphore:
+        """The semaphore of the pager's bell."""
+        if self._pager_semaphore is None:
+            with _registry_mutex:
+                if self._pager_semaphore is None:
+                    semaphore = Semaphore(self.segment.semaphore_name(None))
+                    if self.segment.closing:  # whoever destroys may have unlinked it before it was made
+                        unlink_semaphore(semaphore.name)
+                    self._pager_semaphore = semaphore
+        return self._pager_semaphore
+
+    def ring_pager(self, *, only_hungry: int = 0) -> None:
+        """Wake the pager if it sleeps (and, with HUNGRY, if it waits for a slot)."""
+        word = listen(self.segment.address + HEADER_BELL, only_hungry)
+        if word:
+            self.answer_bell(word)
+
+    def answer_bell(self, word: int) -> None:
+        """Post the pager's semaphore, then mark its bell; `word` is what a kernel heard."""
+        self.pager_semaphore().post()
+        mark(self.segment.address + HEADER_BELL, word)
+
+    # ---------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Wait for users, free the lane, unmap."""
+        with self._mutex:
+            if self._closed is not None:
+                return
+            self._closed = f"the runtime {self.segment.name!r} was closed in this process; attach to it again"
+            while self._in_use:
+                self._idle.wait()
+        for action in self._before_close:
+            action()
+        if self._lane is not None:
+            lanes.free_lane(self.segment, self._lane.number)
+            self._lane.semaphore.close()
+        if self._pager_semaphore is not None:
+            self._pager_semaphore.close()
+        if self._source is not None:
+            self._source.close()
+        self.pool.forget()
+        self.segment.close()
+
+    def abandon_in_child(self) -> None:
+        """After a fork, in the child: forget the parent's lane without touching it."""
+        self._closed = (
+            f"the runtime {self.segment.name!r} belongs to the process that forked this one; attach to it again here"
+        )
+        self._lane = None
+        self._mutex = threading.Lock()
+        self._idle = threading.Condition(self._mutex)
+        self._in_use = 0
+        self.pool.forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the parent's open views are not the child's leak
+            self.segment.close()
+
+
+def attachment_to(segment: Segment) -> Attachment:
+    """The attachment of this process to a segment; a second mapping of the same one is closed."""
+    with _registry_mutex:
+        known = _registry.get(segment.uuid)
+        if known is None:
+            known = _registry[segment.uuid] = Attachment(segment)
+        elif known.segment is not segment:
+            segment.close()
+        known.users += 1
+        return known
+
+
+def leave(attachment: Attachment) -> None:
+    """Undo one `attachment_to`; the last one closes."""
+    with _registry_mutex:
+        attachment.users -= 1
+        if attachment.users > 0 or attachment.closed:
+            return
+        del _registry[attachment.segment.uuid]
+    attachment.close()
+
+
+def _detach_in_child() -> None:
+    global _registry_mutex  # noqa: PLW0603 - the parent's may be held by a thread that does not exist here
+    _registry_mutex = threading.RLock()
+    for attachment in _registry.values():
+        attachment.abandon_in_child()
+    _registry.clear()
+
+
+os.register_at_fork(after_in_child=_detach_in_child)

@@ -1,0 +1,403 @@
+"""Validated settings of a runtime, and their form in the segment's header (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shmroute.errors import CheckpointError, ConfigError
+from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
+from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
+
+PAGE = 4096
+"""Slots are aligned to this many bytes, and so is the pool."""
+
+UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise `ConfigError` unless `value` is an int (not a bool) in [low, high]."""
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"{name} must be an integer from {low} to {high}, not {value!r}",
+    )
+
+
+def require_float(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """Raise `ConfigError` unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(
+        number and (low < value if above else low <= value) and value <= high,  # type: ignore[operator]
+        f"{name} must be a number in {'(' if above else '['}{low:g}, {high:g}], not {value!r}",
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``"5MiB"``, ``"2 GB"`` or ``"4096"``.
+
+    Raises
+    ------
+    ConfigError
+        If it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ConfigError(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class AffinityConfig:
+    """How affinity grows with use and decays without.
+
+    Attributes
+    ----------
+    decay : float
+        Factor per routed token of the layer, in (0, 1].
+    activation_boost : float
+        Added at each activation, in [0, 1].
+    max_score : float
+        Scores are clamped to it, in (0, 1].
+    """
+
+    decay: float = 0.99
+    activation_boost: float = 1.0
+    max_score: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_float("decay", self.decay, 0, 1, above=True)
+        require_float("activation_boost", self.activation_boost, 0, 1)
+        require_float("max_score", self.max_score, 0, 1, above=True)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How experts are chosen.
+
+    Attributes
+    ----------
+    cache_bonus : float
+        Added to a resident expert's gate logit when choosing, never when weighting. The initial value: it can
+        be changed for each layer while the runtime lives.
+    bonus_on : {"logits"}
+        What the bonus is added to.
+    memory_aware : bool
+        Without it the bonus is never applied; hits, misses and requests are as ever.
+    renormalize : bool
+        Scale the chosen experts' softmax weights to sum to 1. A checkpoint's own rule replaces this.
+    metrics : bool
+        Time every routing call. Hits, misses and requests are counted in any case.
+    """
+
+    cache_bonus: float = 0.15
+    bonus_on: str = "logits"
+    memory_aware: bool = True
+    renormalize: bool = True
+    metrics: bool = True
+
+    def __post_init__(self) -> None:
+        require_float("cache_bonus", self.cache_bonus, 0, 1e6)
+        require(self.bonus_on == "logits", f"bonus_on must be 'logits', not {self.bonus_on!r}")
+        for name in ("memory_aware", "renormalize", "metrics"):
+            require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+
+
+@dataclass(frozen=True)
+class PagerConfig:
+    """How the pager works.
+
+    Attributes
+    ----------
+    io_threads : int
+        Loads under way at once.
+    drop_page_cache : bool
+        After a load, drop the file's pages from the page cache, so that memory is paid once.
+    tick : float
+        Seconds an idle pager sleeps at most; each tick sweeps the tables and looks for the dead.
+    prefetch : int
+        Prefetches by affinity that may be queued or loading at once; 0 turns them off.
+    prefetch_stale : float
+        Seconds after which a prefetch that has not started is cancelled.
+    retry_after : float
+        Seconds before an expert that failed to load is tried again on demand; doubles up to 30 s.
+    """
+
+    io_threads: int = 2
+    drop_page_cache: bool = True
+    tick: float = 0.25
+    prefetch: int = 2
+    prefetch_stale: float = 1.0
+    retry_after: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_int("io_threads", self.io_threads, 1, 64)
+        require_float("tick", self.tick, 0.01, 10)
+        require_int("prefetch", self.prefetch, 0, 1024)
+        require_float("prefetch_stale", self.prefetch_stale, 0, 3600, above=True)
+        require_float("retry_after", self.retry_after, 0.001, 30)
+        require(isinstance(self.drop_page_cache, bool), "drop_page_cache must be True or False")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Everything that the processes of one runtime agree on; it is fixed when the segment is created.
+
+    Attributes
+    ----------
+    num_layers, num_experts, top_k : int
+        MoE layers, experts in each, experts chosen per token.
+    expert_bytes : int
+        Bytes of one expert.
+    slots : int
+        Experts that memory holds at once, over all layers.
+    max_workers : int
+        Worker processes at once, at most 32.
+    layer_numbers : tuple of int
+        The model's own number of each MoE layer; 0, 1, … by default.
+    hidden_size : int
+        Columns of a gate; 0 when there is no source.
+    tensors : tuple of TensorLayout
+        What an expert's bytes are; empty when only the bytes are served.
+    source : SourceSpec or None
+        Where the experts come from; None for routing alone.
+    source_fingerprint : str
+        Differs whenever the source's content does.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    expert_bytes: int
+    slots: int
+    router: RouterConfig = field(default_factory=RouterConfig)
+    affinity: AffinityConfig = field(default_factory=AffinityConfig)
+    pager: PagerConfig = field(default_factory=PagerConfig)
+    max_workers: int = 32
+    layer_numbers: tuple[int, ...] = ()
+    hidden_size: int = 0
+    tensors: tuple[TensorLayout, ...] = ()
+    source: SourceSpec | None = None
+    source_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        require_int("num_layers", self.num_layers, 1, MAX_LAYERS)
+        require_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
+        require(
+            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and 1 <= self.top_k <= self.num_experts,
+            f"top_k must be an integer from 1 to num_experts = {self.num_experts}, not {self.top_k!r}",
+        )
+        require_int("expert_bytes", self.expert_bytes, 1, 1 << 40)
+        require_int("slots", self.slots, 1, MAX_SLOTS)
+        require_int("max_workers", self.max_workers, 1, MAX_LANES)
+        require_int("hidden_size", self.hidden_size, 0, 1 << 24)
+        if not self.layer_numbers:
+            object.__setattr__(self, "layer_numbers", tuple(range(self.num_layers)))
+        require(
+            len(self.layer_numbers) == self.num_layers,
+            f"layer_numbers must name {self.num_layers} layers, not {len(self.layer_numbers)}",
+        )
+        for tensor in self.tensors:
+            require(
+                0 <= tensor.offset and tensor.offset + tensor.nbytes <= self.expert_bytes,
+                f"tensor {tensor.name!r} ends beyond expert_bytes = {self.expert_bytes}",
+            )
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: an expert, rounded up to whole pages."""
+        return -(-self.expert_bytes // PAGE) * PAGE
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the slots hold in all."""
+        return self.slots * self.slot_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything in which two segments must agree to be the same runtime.
+
+        How the source is opened is left out (the same checkpoint may be reached by two paths); its content,
+        which `source_fingerprint` stands for, is not.
+        """
+        settings = dataclasses.asdict(dataclasses.replace(self, source=None))
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path | ExpertSource,
+        budget: str | int,
+        *,
+        router: RouterConfig | None = None,
+        affinity: AffinityConfig | None = None,
+        pager: PagerConfig | None = None,
+        max_workers: int = 32,
+    ) -> RuntimeConfig:
+        """Take the geometry from a checkpoint and the number of slots from a budget.
+
+        Parameters
+        ----------
+        checkpoint : str, Path or ExpertSource
+            A Hugging Face folder, or any source.
+        budget : str or int
+            What the slots may hold: a share of all experts (``"50%"``), a size (``"2GiB"``) or bytes.
+        router : RouterConfig, optional
+            Its `renormalize` is replaced by the checkpoint's own rule.
+        affinity, pager, max_workers
+            As in `RuntimeConfig`.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint cannot be served.
+        ConfigError
+            If the budget is no size, or holds no expert.
+        """
+        source = open_source(checkpoint)
+        try:
+            geometry, spec = source.geometry, source.spec
+        finally:
+            if source is not checkpoint:
+                source.close()
+        return cls.from_geometry(
+            geometry, spec, budget, router=router, affinity=affinity, pager=pager, max_workers=max_workers
+        )
+
+    @classmethod
+    def from_geometry(
+        cls,
+        geometry: ExpertGeometry,
+        spec: SourceSpec,
+        budget: str | int,
+        *,
+        router: RouterConfig | None = None,
+        affinity: AffinityConfig | None = None,
+        pager: PagerConfig | None = None,
+        max_workers: int = 32,
+    ) -> RuntimeConfig:
+        """`from_checkpoint`, for a source that is already open."""
+        return cls(
+            num_layers=geometry.num_layers,
+            num_experts=geometry.num_experts,
+            top_k=geometry.top_k,
+            expert_bytes=geometry.expert_bytes,
+            slots=slots_of_budget(budget, geometry.num_layers * geometry.num_experts, geometry.expert_bytes),
+            router=dataclasses.replace(router or RouterConfig(), renormalize=geometry.renormalize),
+            affinity=affinity or AffinityConfig(),
+            pager=pager or PagerConfig(),
+            max_workers=max_workers,
+            layer_numbers=geometry.layer_numbers,
+            hidden_size=geometry.hidden_size,
+            tensors=geometry.tensors,
+            source=spec,
+            source_fingerprint=geometry.fingerprint,
+        )
+
+    def to_json(self) -> str:
+        """The settings as JSON, from which `from_json` makes an equal object."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RuntimeConfig:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If it is anything else.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            source = data.pop("source")
+            return cls(
+                router=RouterConfig(**data.pop("router")),
+                affinity=AffinityConfig(**data.pop("affinity")),
+                pager=PagerConfig(**data.pop("pager")),
+                layer_numbers=tuple(data.pop("layer_numbers")),
+                tensors=tuple(
+                    TensorLayout(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data.pop("tensors")
+                ),
+                source=None if source is None else SourceSpec(**source),
+                **data,
+            )
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"not a runtime's settings: {error!r}") from error
+
+
+def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
+    """How many slots a budget pays for, at most one for each expert.
+
+    Parameters
+    ----------
+    budget : str or int
+        ``"50%"`` of the experts, a size such as ``"2GiB"``, or bytes.
+    experts : int
+        Experts in all layers together.
+    expert_bytes : int
+
+    Raises
+    ------
+    ConfigError
+        If it is no budget, or under one slot.
+    """
+    slot_bytes = -(-expert_bytes // PAGE) * PAGE
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        try:
+            share = float(budget.strip()[:-1]) / 100
+        except ValueError:
+            raise ConfigError(f"{budget!r} is no share: write a number and %, such as '50%'") from None
+        require(0 < share <= 1, f"a budget's share must be above 0% and at most 100%, not {budget!r}")
+        slots = int(experts * share)
+    else:
+        size = parse_bytes(budget) if isinstance(budget, str) else budget
+        require(
+            isinstance(size, int) and not isinstance(size, bool),
+            f"a budget is bytes (int), a size ('2GiB') or a share ('50%'), not {budget!r}",
+        )
+        slots = min(size // slot_bytes, experts)
+    require(
+        slots >= 1,
+        f"a budget of {budget!r} holds no expert: one slot takes {slot_bytes} bytes; "
+        f"the {experts} experts take {experts * slot_bytes} bytes in all",
+    )
+    return slots
+
+
+def open_configured_source(config: RuntimeConfig) -> ExpertSource:
+    """Open the source that a runtime was made for, in this process.
+
+    Raises
+    ------
+    ConfigError
+        If it was made without one.
+    CheckpointError
+        If the source cannot be opened, or its content is not what it was then.
+    """
+    if config.source is None:
+        raise ConfigError("this runtime was made without a checkpoint: it routes, but there are no weights to load")
+    source = config.source.open()
+    if source.geometry.fingerprint != config.source_fingerprint:
+        source.close()
+        raise CheckpointError(
+            str(config.source.arguments.get("path", config.source.factory)),
+            "its files are not those that the runtime was made for; create a runtime for them",
+        )
+    return source

@@ -1,0 +1,254 @@
+"""The pager as a process: taking the lock, serving until told otherwise, handing over, removing what nobody uses.
+
+What a pager does when it is told to stop (SIGTERM, SIGINT, its owner's death):
+
+- the segment is being destroyed: it finishes the loads under way and leaves;
+- a standby waits for its lock: likewise, and the standby takes over a warm cache;
+- otherwise it goes on serving until no worker is left, then removes the segment. A second signal makes it leave at
+  once, and the segment stays for another pager to adopt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from shmroute.config import open_configured_source
+from shmroute.errors import PagerStartError
+from shmroute.pager.daemon import Pager
+from shmroute.pager_lock import PagerLock
+from shmroute.shared.atomic import WORD
+from shmroute.shared.identity import DeathWatch, is_dead, own_identity, same_process
+from shmroute.shared.lanes import live_lanes
+from shmroute.shared.layout import HEADER_PAGER, HEADER_STANDBY
+from shmroute.shared.metrics import PagerCounter
+from shmroute.shared.segment import Segment, claim_destruction, unlink_segment
+from shmroute.shared.words import NOBODY, identity_pid
+
+STANDBY_POLL = 0.05
+"""Seconds between a standby's attempts to take the lock."""
+
+START_TIMEOUT = 60.0
+
+
+class Outcome(Enum):
+    """How a pager's work ended."""
+
+    CLOSED = "the segment was destroyed"
+    HANDED_OVER = "a standby takes over"
+    REMOVED = "no worker was left; the segment was removed"
+    LEFT = "left at once; the segment stays for another pager"
+    NOT_NEEDED = "stopped while standing by"
+
+
+@dataclass
+class StopRequests:
+    """Signals and deaths that ask the pager to stop, as seen so far."""
+
+    signals: int = 0
+    owner_died: bool = False
+    on_signal: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopRequests]:
+        """Count SIGTERM and SIGINT for the length of a block."""
+
+        def handle(number: int, frame: Any) -> None:
+            self.signals += 1
+            self.on_signal()
+
+        former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, action in former.items():
+                signal.signal(number, action)
+
+
+def standby_alive(segment: Segment) -> bool:
+    """Whether a living process waits to become the pager."""
+    return not is_dead(segment.read(HEADER_STANDBY))
+
+
+def pager_alive(segment: Segment) -> bool:
+    """Whether the process that was last the pager is alive."""
+    return not is_dead(segment.read(HEADER_PAGER))
+
+
+def run_pager(
+    segment: Segment,
+    *,
+    owner: int = NOBODY,
+    standby: bool = False,
+    announce: Callable[[str], None] = lambda message: None,
+) -> Outcome:
+    """Be a segment's pager until the end, in this process's main thread.
+
+    Parameters
+    ----------
+    segment : Segment
+    owner : int
+        Identity word of the process whose death ends this one's work; 0 for none.
+    standby : bool
+        If another pager is at work, wait for its end instead of raising.
+    announce : callable
+        Gets a line at every change of role.
+
+    Raises
+    ------
+    PagerStartError
+        If another pager is at work and `standby` is off.
+    CheckpointError, ConfigError
+        If the source cannot be opened.
+    """
+    with StopRequests().installed() as requests, PagerLock(segment) as lock:
+        if not _acquire(segment, lock, requests, standby, announce):
+            return Outcome.CLOSED if segment.closing else Outcome.NOT_NEEDED
+        pager = Pager(segment, open_configured_source(segment.config))
+        requests.on_signal = pager.interrupt
+        announce(f"serving {segment.name!r} (pid {os.getpid()})")
+        watch = DeathWatch()
+        if owner != NOBODY:
+            watch.watch("owner", owner)
+        stop = _StopRule(segment, requests, watch, announce)
+        pager.serve(stop)
+        requests.on_signal = lambda: None
+        pager.close()
+        watch.close()
+        if stop.outcome is Outcome.REMOVED:
+            unlink_segment(segment)
+        return stop.outcome
+
+
+def _acquire(
+    segment: Segment, lock: PagerLock, requests: StopRequests, standby: bool, announce: Callable[[str], None]
+) -> bool:
+    """Take the lock, at once or as a standby; False if there is nothing to be the pager of any more."""
+    me = own_identity()
+    announced = False
+    while not segment.closing and not requests.signals:
+        if lock.try_acquire():
+            word = segment.read(HEADER_STANDBY)
+            if same_process(word, me):
+                segment.swap(HEADER_STANDBY, word, NOBODY)
+            return True
+        if not standby and not segment.closing:
+            raise PagerStartError(
+                f"{segment.name!r} has a pager already (pid {identity_pid(segment.read(HEADER_PAGER))}); "
+                f"use --standby to wait for its end"
+            )
+        word = segment.read(HEADER_STANDBY)
+        if not same_process(word, me) and is_dead(word):
+            segment.swap(HEADER_STANDBY, word, me)
+        if not announced:
+            announce(f"standing by for {segment.name!r} (pid {os.getpid()})")
+            announced = True
+        time.sleep(STANDBY_POLL)
+    word = segment.read(HEADER_STANDBY)
+    if same_process(word, me):
+        segment.swap(HEADER_STANDBY, word, NOBODY)
+    return False
+
+
+class _StopRule:
+    """Asked by the pager once a round whether to stop; afterwards `outcome` says why."""
+
+    def __init__(
+        self, segment: Segment, requests: StopRequests, watch: DeathWatch, announce: Callable[[str], None]
+    ) -> None:
+        self._segment, self._requests, self._watch, self._announce = segment, requests, watch, announce
+        self._draining = False
+        self.outcome = Outcome.CLOSED
+
+    def __call__(self) -> bool:
+        if self._segment.closing:
+            self.outcome = Outcome.CLOSED
+            return True
+        if not self._requests.owner_died and self._watch.dead():
+            self._requests.owner_died = True
+            self._announce("the owner died")
+        if not self._requests.signals and not self._requests.owner_died:
+            return False
+        if self._requests.signals > 1:
+            self.outcome = Outcome.LEFT
+            return True
+        if self._requests.signals and standby_alive(self._segment):
+            self.outcome = Outcome.HANDED_OVER
+            return True
+        workers = len(live_lanes(self._segment))
+        if workers:
+            if not self._draining:
+                self._announce(f"{workers} workers are still attached; serving until they leave (signal again to go)")
+                self._draining = True
+            return False
+        self.outcome = Outcome.REMOVED if claim_destruction(self._segment) else Outcome.CLOSED
+        return True
+
+
+# ------------------------------------------------------------------ starting one
+
+
+def start_pager(segment: Segment, owner: int) -> subprocess.Popen[bytes]:
+    """Start a pager for a segment as a program of its own, and wait until it serves.
+
+    Parameters
+    ----------
+    segment : Segment
+    owner : int
+        Identity word of the owner.
+
+    Raises
+    ------
+    PagerStartError
+        If it ends first; its own message is on standard error.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shmroute.pager", segment.name, "--uuid", segment.uuid, "--owner", str(owner)],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the owner, who then stops its pager
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not _serves(segment, process.pid):
+            if process.poll() is not None:
+                raise PagerStartError(
+                    f"the pager of {segment.name!r} ended with code {process.returncode} before it served; "
+                    f"its message is on standard error"
+                )
+            if time.monotonic() > deadline:
+                raise PagerStartError(f"the pager of {segment.name!r} did not serve within {START_TIMEOUT:g} s")
+            time.sleep(0.005)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return process
+
+
+def _serves(segment: Segment, pid: int) -> bool:
+    return (
+        identity_pid(segment.read(HEADER_PAGER)) == pid
+        and segment.read(segment.layout.pager + PagerCounter.TICKS * WORD) > 0
+    )
+
+
+def stop_pager(process: subprocess.Popen[bytes], timeout: float = 10.0) -> None:
+    """End a pager whose segment is closing; kill it if it does not end in time."""
+    process.terminate()
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+

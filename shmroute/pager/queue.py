@@ -1,0 +1,65 @@
+"""What is to be loaded, most wanted first."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from shmroute.shared.words import PREFETCH
+
+
+@dataclass(frozen=True)
+class _Entry:
+    priority: int
+    queued_at: float
+
+
+class LoadQueue:
+    """Experts waiting to be loaded: by priority, then in order of arrival. Each is in it once.
+
+    Keys are ``layer * num_experts + expert``. This is the pager's private order of work; the truth about what is
+    wanted is in the expert words.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self._heap: list[tuple[int, int, int]] = []
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._entries
+
+    def push(self, key: int, priority: int, now: float) -> bool:
+        """Queue a load, or raise the priority of one that is queued; whether that was an upgrade."""
+        known = self._entries.get(key)
+        if known is not None and known.priority >= priority:
+            return False
+        self._entries[key] = _Entry(priority, now)
+        self._arrivals += 1
+        heapq.heappush(self._heap, (-priority, self._arrivals, key))
+        return known is not None
+
+    def peek(self) -> tuple[int, int] | None:
+        """The (key, priority) to load next."""
+        while self._heap:
+            negative, _, key = self._heap[0]
+            entry = self._entries.get(key)
+            if entry is not None and entry.priority == -negative:
+                return key, entry.priority
+            heapq.heappop(self._heap)  # removed or upgraded since
+        return None
+
+    def remove(self, key: int) -> None:
+        """Take a load out, if it is there."""
+        self._entries.pop(key, None)
+
+    def stale_prefetches(self, before: float) -> list[int]:
+        """Prefetches queued before a time."""
+        return [
+            key
+            for key, entry in self._entries.items()
+            if entry.priority == PREFETCH and entry.queued_at < before
+        ]

@@ -1,0 +1,8 @@
+"""Logits in, experts and weights out: scoring, selection, the cache bonus, and the router that applies them.
+
+Routing meets paging only through `shmroute.shared`.
+"""
+
+from shmroute.routing.router import MemoryAwareRouter, RoutingDecision
+
+__all__ = ["MemoryAwareRouter", "RoutingDecision"]

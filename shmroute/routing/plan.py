@@ -1,0 +1,143 @@
+"""A routing call's fixed arguments, folded into one block of private memory.
+
+A compiled call costs some tens of nanoseconds for each argument, so everything that stays the same from call to call
+(addresses, sizes, flags) and all scratch space is written once into a *plan*, and the kernel gets its address. A plan
+serves one call at a time; its first word says whether it is in use, and a closed plan refuses, so that no kernel ever
+runs on a segment that is being unmapped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from shmroute.shared.atomic import WORD, cas, load
+from shmroute.shared.layout import (
+    HEADER_BELL,
+    LANE_CURSOR,
+    LANE_SHARD,
+    LINE,
+)
+from shmroute.shared.metrics import LANE_COUNTERS
+from shmroute.shared.segment import Segment
+
+# Words of a plan.
+STATUS: Final = 0
+NUM_EXPERTS: Final = 1
+TOP_K: Final = 2
+MEMORY_AWARE: Final = 3
+RENORMALIZE: Final = 4
+TIMED: Final = 5
+LAYER: Final = 6
+LANE: Final = 7
+CLOCK: Final = 8
+AFFINITY: Final = 9
+ACTIVATIONS: Final = 10
+EXPERTS: Final = 11
+FAILURES: Final = 12
+RESIDENT: Final = 13
+BONUS: Final = 14
+RING: Final = 15
+RING_BITS: Final = 16
+BELL: Final = 17
+CURSOR: Final = 18
+COUNTERS: Final = 19
+HISTOGRAM: Final = 20
+POWERS: Final = 21
+PARAMETERS: Final = 22  # float64: boost, max_score
+SNAPSHOT: Final = 23  # int64 [⌈E/64⌉]
+SCORES: Final = 24  # float64 [k]
+IDS: Final = 25  # int64 [k]
+PLAIN_IDS: Final = 26  # int64 [k], the choice without the bonus
+LAST: Final = 27  # int64 [E], per expert: ticks of the batch composed so far, -1 if not activated
+MAP_B: Final = 28  # float64 [E]
+MAP_C: Final = 29  # float64 [E]
+TIMES: Final = 30  # int64 [E]
+TOUCHED: Final = 31  # int64 [E]
+TOTALS: Final = 32  # int64 [3]: hits, changed choices, logits that are not finite
+QUEUED: Final = 33  # int64 [E], requests that the call pushed
+# Written by a call.
+QUEUED_COUNT: Final = 34
+BAD_ROW: Final = 35
+BAD_FINITE: Final = 36
+BELL_WORD: Final = 37
+PLAN_WORDS: Final = 38
+
+IDLE: Final = 0
+IN_USE: Final = 1
+CLOSED: Final = 2
+
+
+class Plan:
+    """The plan of one layer's router.
+
+    Parameters
+    ----------
+    segment : Segment
+    layer, lane : int
+    powers : int
+        Address of the affinity's power table, which outlives the plan.
+    """
+
+    def __init__(self, segment: Segment, layer: int, lane: int, powers: int) -> None:
+        config, layout, base = segment.config, segment.layout, segment.address
+        experts, k = config.num_experts, config.top_k
+        self._scratch: list[np.ndarray[Any, Any]] = []
+        words = self._block(PLAN_WORDS, np.int64)
+        self.words = words
+        self.address: int = words.ctypes.data
+
+        words[NUM_EXPERTS], words[TOP_K] = experts, k
+        words[MEMORY_AWARE] = config.router.memory_aware
+        words[RENORMALIZE] = config.router.renormalize
+        words[TIMED] = config.router.metrics
+        words[LAYER], words[LANE] = layer, lane
+        words[CLOCK] = base + layout.clock + layer * LINE
+        for word, region in (
+            (AFFINITY, layout.affinity),
+            (ACTIVATIONS, layout.activations),
+            (EXPERTS, layout.experts),
+            (FAILURES, layout.failures),
+        ):
+            words[word] = base + layout.row(region, layer)
+        words[RESIDENT] = base + layout.resident + layer * layout.resident_row_bytes
+        words[BONUS] = base + layout.bonus + layer * LINE
+        words[RING], words[RING_BITS] = base + layout.ring, layout.ring_bits
+        words[BELL] = base + HEADER_BELL
+        words[CURSOR] = base + layout.lane(lane) + LANE_CURSOR
+        words[COUNTERS] = base + layout.lane(lane) + LANE_SHARD
+        words[HISTOGRAM] = words[COUNTERS] + LANE_COUNTERS * WORD
+        words[POWERS] = powers
+
+        parameters = self._block(2, np.float64)
+        parameters[:] = config.affinity.activation_boost, config.affinity.max_score
+        words[PARAMETERS] = parameters.ctypes.data
+        for word, count, dtype in (
+            (SNAPSHOT, -(-experts // 64), np.int64),
+            (SCORES, k, np.float64),
+            (IDS, k, np.int64),
+            (PLAIN_IDS, k, np.int64),
+            (LAST, experts, np.int64),
+            (MAP_B, experts, np.float64),
+            (MAP_C, experts, np.float64),
+            (TIMES, experts, np.int64),
+            (TOUCHED, experts, np.int64),
+            (TOTALS, 3, np.int64),
+            (QUEUED, experts, np.int64),
+        ):
+            words[word] = self._block(count, dtype).ctypes.data
+        self.queued = self._scratch[-1]
+
+    def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
+        block = np.zeros(count, dtype)
+        self._scratch.append(block)
+        return block
+
+    def close(self) -> None:
+        """Wait for the call under way, if any, and refuse all further ones."""
+        while not cas(self.address, IDLE, CLOSED):
+            if load(self.address) == CLOSED:
+                return
+
+

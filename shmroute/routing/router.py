@@ -1,0 +1,205 @@
+"""`MemoryAwareRouter`: one layer's router, as workers call it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.attachment import Attachment
+from shmroute.config import require_float
+from shmroute.errors import NonFiniteLogitsError
+from shmroute.routing import plan as p
+from shmroute.routing.plan import Plan
+from shmroute.routing.route import BAD_SHAPE, BUSY, NOT_FINITE, REFUSED, RING_BELL, route_batch, route_token
+from shmroute.shared.atomic import COMPILED
+from shmroute.shared.layout import LINE
+from shmroute.shared.requests import PagingRequest
+from shmroute.shared.segment import BONUS_ONE
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Where the tokens of one call go.
+
+    Attributes
+    ----------
+    experts : ndarray
+        int32 [k] or [T, k], best first by choosing score (logit plus bonus); ties go to the lower id.
+    weights : ndarray
+        float32 likewise, from the unmodified logits.
+    hits : int
+        (token, chosen expert) pairs that were resident when routed.
+    requests : list of PagingRequest
+        What this call queued: not what was queued or loading already.
+    """
+
+    experts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    hits: int
+    requests: list[PagingRequest]
+
+
+class MemoryAwareRouter:
+    """Chooses experts for the tokens of one layer, with a bonus for those that are resident.
+
+    Made by `Runtime.router`. Safe to use from several threads; calls of different threads on one layer run in turn.
+
+    Attributes
+    ----------
+    layer : int
+    """
+
+    def __init__(self, attachment: Attachment, layer: int) -> None:
+        self.layer = layer
+        self._attachment = attachment
+        config = attachment.segment.config
+        self._num_experts, self._top_k = config.num_experts, config.top_k
+        lane = attachment.lane().number
+        self._hot, self._second = (
+            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data) for _ in range(2)
+        )
+        # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
+        self._address = self._hot.address
+        self._second_mutex = threading.Lock()
+        self._bonus = attachment.segment.layout.bonus + layer * LINE
+        attachment.before_close(self._close)
+
+    @property
+    def cache_bonus(self) -> float:
+        """What a resident expert's logit is raised by when choosing; shared by all workers, settable at any time."""
+        with self._attachment.in_use() as segment:
+            return segment.read(self._bonus) / BONUS_ONE
+
+    @cache_bonus.setter
+    def cache_bonus(self, value: float) -> None:
+        require_float("cache_bonus", value, 0, 1e6)
+        with self._attachment.in_use() as segment:
+            segment.write(self._bonus, int(value * BONUS_ONE))
+
+    def route(self, logits: npt.NDArray[np.float32]) -> RoutingDecision:
+        """Route one token or a batch.
+
+        Parameters
+        ----------
+        logits : ndarray
+            float32 [E] or [T, E], contiguous or not.
+
+        Raises
+        ------
+        ValueError
+            If the shape, rank or dtype is another; nothing has changed.
+        NonFiniteLogitsError
+            If a row has fewer than k finite logits; nothing of the batch was recorded.
+        RuntimeClosedError
+            If the runtime was closed.
+        """
+        logits = self._checked_logits(logits)
+        shape = (*logits.shape[:-1], self._top_k)
+        experts, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        with self._second_mutex:
+            misses = self._finish(self._call(self._second, logits, experts, weights), self._second)
+            words = self._second.queued[: self._second.words[p.QUEUED_COUNT]].tolist()
+        return RoutingDecision(
+            experts, weights, experts.size - misses, [PagingRequest.unpack(word) for word in words]
+        )
+
+    def route_into(
+        self,
+        logits: npt.NDArray[np.float32],
+        experts: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+    ) -> int:
+        """The hot path: route into the caller's arrays, allocating nothing.
+
+        Parameters
+        ----------
+        logits : ndarray
+            float32 [E] or [T, E]. One that is not contiguous is copied first.
+        experts, weights : ndarray
+            int32 and float32, [k] or [T, k], contiguous and writable; undefined if this raises.
+
+        Returns
+        -------
+        int
+            (token, chosen expert) pairs that missed.
+
+        Raises
+        ------
+        ValueError, NonFiniteLogitsError, RuntimeClosedError
+            As `route`.
+        """
+        if not COMPILED:
+            return self._route_checked(logits, experts, weights)
+        try:
+            kernel = route_token if logits.ndim == 1 else route_batch
+            code = kernel(self._address, logits, experts, weights)
+        except (TypeError, AttributeError):  # an argument of another type than the kernel's
+            return self._route_checked(logits, experts, weights)
+        if 0 <= code < RING_BELL:
+            return code
+        if code in (BAD_SHAPE, BUSY):
+            return self._route_checked(logits, experts, weights)
+        return self._finish(code, self._hot)
+
+    # ---------------------------------------------------------- the slow way round
+
+    def _route_checked(self, logits: Any, experts: Any, weights: Any) -> int:
+        """`route_into` for arguments that the kernel refused, or a plan that is in use."""
+        logits = self._checked_logits(logits)
+        shape = (*logits.shape[:-1], self._top_k)
+        for name, array, dtype in (("experts", experts, np.int32), ("weights", weights, np.float32)):
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} must be {np.dtype(dtype)} {list(shape)}, not {_describe(array)}")
+            if not array.flags.c_contiguous or not array.flags.writeable or not array.flags.aligned:
+                raise ValueError(f"{name} must be a contiguous, aligned, writable array")
+        with self._second_mutex:
+            return self._finish(self._call(self._second, logits, experts, weights), self._second)
+
+    def _call(
+        self,
+        plan: Plan,
+        logits: npt.NDArray[np.float32],
+        experts: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+    ) -> int:
+        kernel = route_token if logits.ndim == 1 else route_batch
+        return int(kernel(plan.address, logits, experts, weights))
+
+    def _checked_logits(self, logits: Any) -> npt.NDArray[np.float32]:
+        """The logits as a contiguous array, copied if need be."""
+        wanted = f"float32 [{self._num_experts}] or [T, {self._num_experts}]"
+        if not isinstance(logits, np.ndarray) or logits.dtype != np.float32 or logits.ndim not in (1, 2):
+            raise ValueError(f"logits must be {wanted}, not {_describe(logits)}")
+        if logits.shape[-1] != self._num_experts:
+            raise ValueError(
+                f"logits must be {wanted}, not {_describe(logits)}: layer {self.layer} has {self._num_experts} experts"
+            )
+        if logits.flags.writeable:
+            return np.require(logits, requirements="CA")
+        return logits.copy()
+
+    def _finish(self, code: int, plan: Plan) -> int:
+        """Turn a kernel's code into misses, after waking the pager if it asked for that, or into an error."""
+        if code == NOT_FINITE:
+            raise NonFiniteLogitsError(int(plan.words[p.BAD_ROW]), int(plan.words[p.BAD_FINITE]), self._top_k)
+        if code == REFUSED:
+            self._attachment.check_open()
+        if code & RING_BELL and code > 0:
+            code -= RING_BELL
+            with self._attachment.in_use():
+                self._attachment.answer_bell(int(plan.words[p.BELL_WORD]))
+        return code
+
+    def _close(self) -> None:
+        self._hot.close()
+        self._second.close()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,288 @@
+"""Atomic operations on 64-bit words in shared memory, by address.
+
+The operations are those of the `atomics` package, whose Python layer costs microseconds a call and whose
+functions (the patomic library that it ships) cost about 3 ns when called from compiled code. So each one has
+two bodies:
+
+- *compiled*: inside a kernel, a call to the very function that `atomics` itself would call. Its pointer is taken
+  from the package once, at import, and registered as a symbol, so that cached machine code finds it again.
+- *interpreted*: from Python, and inside kernels when ``NUMBA_DISABLE_JIT=1``, the package's view API.
+
+All operations are sequentially consistent, and `cas` is strong. Words are **signed** 64-bit integers in both
+modes: mixing unsigned and signed ones makes floats in Numba. `shmroute.shared.words` packs and unpacks them.
+
+Addresses are plain integers and must be multiples of 8. Nothing here checks them: callers derive them from
+`shmroute.shared.layout`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+import numpy.typing as npt
+from atomics import UINT, MemoryOrder, OpType, atomicview
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+COMPILED = not numba.config.DISABLE_JIT
+"""Whether kernels are compiled in this process (not under ``NUMBA_DISABLE_JIT=1``)."""
+
+WORD = 8
+_MASK = (1 << 64) - 1
+_SIGN = 1 << 63
+_SEQ_CST = int(MemoryOrder.SEQ_CST)
+
+_OPERATIONS = {
+    "load": OpType.LOAD,
+    "store": OpType.STORE,
+    "exchange": OpType.EXCHANGE,
+    "cas": OpType.CMPXCHG_STRONG,
+    "fetch_add": OpType.FETCH_ADD,
+    "fetch_and": OpType.FETCH_AND,
+    "fetch_or": OpType.FETCH_OR,
+}
+
+
+def _register_symbols() -> None:
+    """Give compiled code the addresses of the functions that `atomics` calls for 8-byte words."""
+    with atomicview(buffer=bytearray(WORD), atype=UINT) as view:
+        for name, operation in _OPERATIONS.items():
+            function = view._core.get_op_func(operation)
+            pointer = ctypes.cast(function, ctypes.c_void_p).value if function else None
+            if not pointer:
+                raise ImportError(
+                    f"the atomics package offers no lock-free 8-byte {name} on this machine; shmroute needs it"
+                )
+            llvmlite.binding.add_symbol(f"shmroute_{name}", pointer)
+
+
+_register_symbols()
+
+# ------------------------------------------------------------------ compiled bodies
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_PTR = ir.IntType(8).as_pointer()
+
+
+def _spill(builder: Any, value: Any) -> Any:
+    """The address of a stack cell that holds `value`."""
+    cell = cgutils.alloca_once(builder, _I64)
+    builder.store(value, cell)
+    return builder.bitcast(cell, _PTR)
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in arguments]), f"shmroute_{name}"
+    )
+    return builder.call(function, arguments)
+
+
+_ORDER = ir.Constant(_I32, _SEQ_CST)
+
+
+@intrinsic
+def _load(typingctx: Any, address: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cell = cgutils.alloca_once(builder, _I64)
+        pointer = builder.inttoptr(args[0], _PTR)
+        _call(builder, "load", ir.VoidType(), [pointer, _ORDER, builder.bitcast(cell, _PTR)])
+        return builder.load(cell)
+
+    return types.int64(types.int64), body
+
+
+@intrinsic
+def _store(typingctx: Any, address: Any, value: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _PTR)
+        _call(builder, "store", ir.VoidType(), [pointer, _spill(builder, args[1]), _ORDER])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), body
+
+
+@intrinsic
+def _cas(typingctx: Any, address: Any, expected: Any, desired: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _PTR)
+        operands = [pointer, _spill(builder, args[1]), _spill(builder, args[2]), _ORDER, _ORDER]
+        done = _call(builder, "cas", _I32, operands)
+        return builder.icmp_signed("!=", done, ir.Constant(_I32, 0))
+
+    return types.boolean(types.int64, types.int64, types.int64), body
+
+
+def _fetch_intrinsic(name: str) -> Any:
+    """The intrinsic of an operation that takes an operand and returns the word's former value."""
+
+    @intrinsic
+    def fetch(typingctx: Any, address: Any, operand: Any) -> Any:
+        def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            cell = cgutils.alloca_once(builder, _I64)
+            pointer = builder.inttoptr(args[0], _PTR)
+            operands = [pointer, _spill(builder, args[1]), _ORDER, builder.bitcast(cell, _PTR)]
+            _call(builder, name, ir.VoidType(), operands)
+            return builder.load(cell)
+
+        return types.int64(types.int64, types.int64), body
+
+    return fetch
+
+
+_exchange = _fetch_intrinsic("exchange")
+_fetch_add = _fetch_intrinsic("fetch_add")
+_fetch_and = _fetch_intrinsic("fetch_and")
+_fetch_or = _fetch_intrinsic("fetch_or")
+
+
+@intrinsic
+def _monotonic_ns(typingctx: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        timespec = ir.LiteralStructType([_I64, _I64])
+        cell = cgutils.alloca_once(builder, timespec)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [_I32, timespec.as_pointer()]), "clock_gettime"
+        )
+        builder.call(function, [ir.Constant(_I32, time.CLOCK_MONOTONIC), cell])
+        value = builder.load(cell)
+        seconds = builder.mul(builder.extract_value(value, 0), ir.Constant(_I64, 1_000_000_000))
+        return builder.add(seconds, builder.extract_value(value, 1))
+
+    return types.int64(), body
+
+
+def _pointer_intrinsic(element: Any) -> Any:
+    """The intrinsic that turns an address into a pointer to `element`."""
+
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), body
+
+    return pointer
+
+
+_pointer_i64 = _pointer_intrinsic(types.int64)
+_pointer_i32 = _pointer_intrinsic(types.int32)
+_pointer_f64 = _pointer_intrinsic(types.float64)
+_pointer_f32 = _pointer_intrinsic(types.float32)
+
+# ------------------------------------------------------------------ interpreted bodies
+
+_views: dict[int, tuple[Any, Any]] = {}
+"""Open `atomics` views by address: opening one costs tens of microseconds."""
+
+
+def _view(address: int) -> Any:
+    address = int(address)  # NumPy's integers come from kernels' arrays
+    found = _views.get(address)
+    if found is None:
+        cell = (ctypes.c_char * WORD).from_address(address)
+        context = atomicview(buffer=memoryview(cell).cast("B"), atype=UINT)
+        found = _views[address] = (context, context.__enter__())
+    return found[1]
+
+
+def forget_views(start: int, size: int) -> None:
+    """Leave the interpreted views of addresses in [start, start + size), before that memory is unmapped."""
+    for address in [a for a in _views if start <= a < start + size]:
+        context, _ = _views.pop(address)
+        context.__exit__(None, None, None)
+
+
+def signed(value: int) -> int:
+    """`value` modulo 2^64, as the signed integer of the same bits. In compiled code words are that already."""
+    value = int(value) & _MASK
+    return value - (1 << 64) if value & _SIGN else value
+
+
+def load(address: int) -> int:
+    """The word at `address`."""
+    return signed(_view(address).load())
+
+
+def store(address: int, value: int) -> None:
+    """Set the word at `address`."""
+    _view(address).store(int(value) & _MASK)
+
+
+def exchange(address: int, value: int) -> int:
+    """Set the word at `address` and return what it was."""
+    return signed(_view(address).exchange(int(value) & _MASK))
+
+
+def cas(address: int, expected: int, desired: int) -> bool:
+    """If the word at `address` is `expected`, make it `desired`; whether it was."""
+    return bool(_view(address).cmpxchg_strong(int(expected) & _MASK, int(desired) & _MASK).success)
+
+
+def fetch_add(address: int, value: int) -> int:
+    """Add to the word at `address`, modulo 2^64, and return what it was."""
+    return signed(_view(address).fetch_add(int(value) & _MASK))
+
+
+def fetch_and(address: int, mask: int) -> int:
+    """And the word at `address` with `mask` and return what it was."""
+    return signed(_view(address).bin_fetch_and(int(mask) & _MASK))
+
+
+def fetch_or(address: int, mask: int) -> int:
+    """Or the word at `address` with `mask` and return what it was."""
+    return signed(_view(address).bin_fetch_or(int(mask) & _MASK))
+
+
+def monotonic_ns() -> int:
+    """CLOCK_MONOTONIC in nanoseconds: one clock for all processes of a host."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def _array(address: int, count: int, ctype: Any, dtype: Any) -> npt.NDArray[Any]:
+    return np.frombuffer((ctype * int(count)).from_address(int(address)), dtype)
+
+
+def i64_array(address: int, count: int) -> npt.NDArray[np.int64]:
+    """Plain (not atomic) int64 [count] at `address`; for memory of this process, never for shared words."""
+    return _array(address, count, ctypes.c_int64, np.int64)
+
+
+def i32_array(address: int, count: int) -> npt.NDArray[np.int32]:
+    """Plain int32 [count] at `address`."""
+    return _array(address, count, ctypes.c_int32, np.int32)
+
+
+def f64_array(address: int, count: int) -> npt.NDArray[np.float64]:
+    """Plain float64 [count] at `address`."""
+    return _array(address, count, ctypes.c_double, np.float64)
+
+
+def f32_array(address: int, count: int) -> npt.NDArray[np.float32]:
+    """Plain float32 [count] at `address`."""
+    return _array(address, count, ctypes.c_float, np.float32)
+
+
+# ------------------------------------------------------------------ which body where
+
+# In compiled code a call to the function on the left is the intrinsic on the right.
+overload(signed)(lambda value: lambda value: value)
+overload(load)(lambda address: lambda address: _load(address))
+overload(store)(lambda address, value: lambda address, value: _store(address, value))
+overload(exchange)(lambda address, value: lambda address, value: _exchange(address, value))
+overload(cas)(lambda address, expected, desired: lambda address, expected, desired: _cas(address, expected, desired))
+overload(fetch_add)(lambda address, value: lambda address, value: _fetch_add(address, value))
+overload(fetch_and)(lambda address, mask: lambda address, mask: _fetch_and(address, mask))
+overload(fetch_or)(lambda address, mask: lambda address, mask: _fetch_or(address, mask))
+overload(monotonic_ns)(lambda: lambda: _monotonic_ns())
+overload(i64_array)(lambda address, count: lambda address, count: carray(_pointer_i64(address), (count,)))
+overload(i32_array)(lambda address, count: lambda address, count: carray(_pointer_i32(address), (count,)))
+overload(f64_array)(lambda address, count: lambda address, count: carray(_pointer_f64(address), (count,)))
+overload(f32_array)(lambda address, count: lambda address, count: carray(_pointer_f32(address), (count,)))

@@ -1,0 +1,154 @@
+"""The one decorator by which a plain function becomes a kernel, and the cache of its machine code.
+
+A *kernel* touches shared words through `shmroute.shared.atomic` and nothing else: it holds no Python objects,
+allocates nothing and raises nothing, it returns codes. Compiled, it runs without the GIL; interpreted
+(``NUMBA_DISABLE_JIT=1``), it is the same function as plain Python.
+
+`kernel` marks an entry point that Python calls: it has one explicit signature, is compiled by `load_kernels`, and is
+kept on disk. `inner` marks a function that kernels call; called from Python it runs as the plain function it is.
+
+Numba's own cache asks only whether the *file of the kernel* changed, so a constant edited in another file would go
+on living in stale machine code, next to processes with the new one. Here the cache directory is named by a hash of
+every source file from which kernels are made and of the versions of everything that compiles them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import register_jitable
+
+from shmroute.shared.atomic import COMPILED
+
+PACKAGE = Path(__file__).resolve().parent.parent
+KERNEL_PACKAGES = ("shared", "routing", "pager")
+"""The sub-packages whose files hold kernels, or constants that kernels compile in."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def source_stamp() -> str:
+    """Hex digest of all kernel sources and of what compiles them."""
+    digest = hashlib.sha256()
+    for package in KERNEL_PACKAGES:
+        for path in sorted((PACKAGE / package).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in ("numba", "llvmlite", "atomics", "numpy"):
+        digest.update(f"{name}={version(name)};".encode())
+    digest.update(platform.python_version().encode())
+    return digest.hexdigest()[:24]
+
+
+STAMP = source_stamp()
+
+
+def cache_directory() -> Path:
+    """Where this version's machine code is kept: under ``SHMROUTE_CACHE_DIR`` or the user's cache directory."""
+    root = os.environ.get("SHMROUTE_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shmroute"
+    )
+    return Path(root) / "kernels" / STAMP
+
+
+class _StampedLocator(_CacheLocator):  # type: ignore[misc]
+    """Tells Numba's cache where, and that nothing in there is ever stale: the directory's name sees to that."""
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        self._directory = cache_directory()
+
+    def get_cache_path(self) -> str:
+        return str(self._directory)
+
+    def get_source_stamp(self) -> str:
+        return STAMP
+
+    def get_disambiguator(self) -> str:
+        return ""
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _StampedLocator:
+        locator = cls(py_func, py_file)
+        locator.ensure_cache_path()
+        return locator
+
+
+class _StampedCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_StampedLocator,)
+
+
+class _StampedCache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _StampedCacheImpl
+
+
+_entries: list[tuple[Any, Any]] = []
+"""Every entry point with its signature, in the order of definition."""
+
+
+def kernel(signature: Any) -> Callable[[F], F]:
+    """Make a function an entry point: one signature, no GIL, machine code kept on disk.
+
+    Parameters
+    ----------
+    signature : numba signature
+        Integers are int64, floats float64, arrays C-contiguous.
+    """
+
+    def decorate(function: F) -> F:
+        if not COMPILED:
+            return function
+        dispatcher = numba.njit(nogil=True)(function)
+        dispatcher._cache = _StampedCache(function)
+        _entries.append((dispatcher, signature))
+        return dispatcher  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def inner(function: F) -> F:
+    """Make a function callable from kernels: compiled into each of them, not kept by itself."""
+    return register_jitable(function)  # type: ignore[no-any-return]
+
+
+def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int:
+    """Make every entry point ready: from disk, or compiled and then kept there.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called as ``progress(done, total, name)`` before each kernel that must be compiled, and after the last.
+
+    Returns
+    -------
+    int
+        Kernels that were compiled rather than found.
+    """
+    compiled = 0
+    for done, (dispatcher, signature) in enumerate(_entries):
+        if dispatcher.signatures:
+            continue
+        if progress is not None and not _is_cached(dispatcher):
+            progress(done, len(_entries), dispatcher.py_func.__name__)
+        dispatcher.compile(signature)
+        compiled += sum(dispatcher.stats.cache_misses.values())
+        # From here an argument of another type is an error at once, never a silent compilation of seconds.
+        dispatcher.disable_compile()
+    if progress is not None and compiled:
+        progress(len(_entries), len(_entries), "")
+    return compiled
+
+
+def _is_cached(dispatcher: Any) -> bool:
+    return Path(dispatcher._cache._cache_file._index_path).exists()
+
+
+def kernel_count() -> int:
+    """How many entry points there are; 0 when kernels are interpreted."""
+    return len(_entries)

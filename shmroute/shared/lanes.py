@@ -1,0 +1,122 @@
+"""Worker lanes: one for each worker process, named by one identity word that changes hands by CAS.
+
+A lane holds its worker's identity, the layer it routed last, the one expert it waits for, its own bell and its metrics
+shard. Its number is its bit in every lease mask.
+
+| who | calls | progress |
+|---|---|---|
+| any process | `claim` | lock-free |
+| the lane's worker | `vacate`, its wait word | wait-free |
+| holder of the pager's lock | `reap` | wait-free per word |
+
+A lane is free when its identity word says NOBODY, and then it is clean: no bit in any mask, no wait word. Both ways
+out keep that order: clear first, free last. So a death during either leaves a lane with a dead identity, and the next
+reaper does it over. Only the holder of the pager's lock reaps: a second reaper could clear the bits of the lane's
+*next* worker, after the first has freed it.
+
+(lane claim / header state): a worker claims its lane, then loads the header's state; whoever destroys stores the
+state, then loads the lanes. One sees the other.
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from shmroute.shared.atomic import WORD, cas, load, store
+from shmroute.shared.experts import clear_lane
+from shmroute.shared.identity import is_dead, same_process
+from shmroute.shared.kernel import inner, kernel
+from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
+from shmroute.shared.segment import Segment
+from shmroute.shared.words import (
+    NOBODY,
+    identity_generation,
+    identity_state,
+    pack_identity,
+)
+
+
+@kernel(types.int64(types.int64, types.int64, types.int64, types.int64))
+def claim(lanes: int, lane_bytes: int, count: int, identity: int) -> int:
+    """Take a free lane for an identity (its generation is the lane's own): the lane, or -1."""
+    for lane in range(count):
+        address = lanes + lane * lane_bytes + LANE_IDENTITY
+        word = load(address)
+        if identity_state(word) == NOBODY and cas(address, word, identity | word):  # linearization point
+            return lane
+    return -1
+
+
+@inner
+def _free(address: int) -> None:
+    """Name nobody, in the next generation. The caller owns the word."""
+    word = load(address)
+    store(address, pack_identity(NOBODY, identity_generation(word) + 1, 0, 0))
+
+
+@kernel(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
+def vacate(lane_address: int, experts: int, row_bytes: int, num_layers: int, bit: int) -> None:
+    """Clear everything that a lane holds, then free it.
+
+    Only its own worker, or the holder of the pager's lock once that worker is dead, may call this.
+    """
+    clear_lane(experts, row_bytes, num_layers, bit)
+    store(lane_address + LANE_WAIT, 0)
+    _free(lane_address + LANE_IDENTITY)
+
+
+@kernel(types.void(types.int64, types.int64, types.int64))
+def copy_words(source: int, target: int, count: int) -> None:
+    """Copy shared words that have one writer; used for a lane's baseline."""
+    for i in range(count):
+        store(target + i * WORD, load(source + i * WORD))
+
+
+def lane_identities(segment: Segment) -> dict[int, int]:
+    """The identity word of each lane that names somebody, dead or alive."""
+    found = {}
+    for lane in range(segment.config.max_workers):
+        word = segment.read(segment.layout.lane(lane) + LANE_IDENTITY)
+        if identity_state(word) != NOBODY:
+            found[lane] = word
+    return found
+
+
+def free_lane(segment: Segment, lane: int) -> None:
+    """`vacate`, for a lane of a segment."""
+    layout = segment.layout
+    vacate(
+        segment.address + layout.lane(lane),
+        segment.address + layout.experts,
+        layout.row_bytes,
+        layout.num_layers,
+        1 << lane,
+    )
+
+
+def reap(segment: Segment) -> int:
+    """Free the lanes of all dead workers. The caller holds the pager's lock.
+
+    Returns
+    -------
+    int
+        How many were freed.
+    """
+    dead = [lane for lane, identity in lane_identities(segment).items() if is_dead(identity)]
+    for lane in dead:
+        free_lane(segment, lane)
+    return len(dead)
+
+
+def free_own_leftovers(segment: Segment, identity: int) -> None:
+    """Free a lane that bears this process's own identity from before an ``execv``."""
+    for lane, holder in lane_identities(segment).items():
+        if same_process(holder, identity):
+            free_lane(segment, lane)
+
+
+def live_lanes(segment: Segment) -> list[int]:
+    """The lanes whose worker is alive."""
+    return [lane for lane, identity in lane_identities(segment).items() if not is_dead(identity)]
+
+

@@ -1,0 +1,245 @@
+"""Counters and latency histograms, one shard for each lane and one for the pager.
+
+Counters only ever grow, by `fetch_add`, over all the workers that a lane ever had: so a death loses nothing, and the
+sum over lanes is always the whole truth. What *this* worker did is the difference from a baseline that the worker
+copied when it claimed the lane.
+
+A histogram has eight buckets to the octave of nanoseconds, so a percentile read from it is at most 12.5 % high.
+
+| who | may write | when |
+|---|---|---|
+| worker of a lane, any thread | its shard | always, `fetch_add` |
+| worker of a lane | its baseline | once, when it claims |
+| pager | the pager's shard | always, `fetch_add` |
+| anybody | nothing; reads all | always |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+from shmroute.shared.atomic import WORD, fetch_add, i64_array, load
+from shmroute.shared.kernel import inner, kernel
+
+
+class LaneCounter(IntEnum):
+    """Words of a lane's shard."""
+
+    CALLS = 0  # routing calls
+    TOKENS = 1
+    HITS = 2  # (token, chosen expert) pairs resident when routed
+    MISSES = 3
+    CHANGED = 4  # pairs that the bonus chose and the logits alone would not have
+    NONFINITE = 5  # logits that were NaN or infinite
+    REQUESTS = 6  # requests pushed
+    RING_FULL = 7  # requests left to the sweep
+    LEASES = 8
+    WAITS = 9  # leases that had to wait for a load
+    WAIT_NS = 10
+    LOAD_ERRORS = 11  # ExpertLoadError raised
+    RINGS = 12  # semaphores posted
+
+
+class PagerCounter(IntEnum):
+    """Words of the pager's shard."""
+
+    LOADS = 0
+    BYTES_READ = 1
+    EVICTIONS = 2
+    FAILURES = 3
+    CHECKSUM_MISMATCHES = 4
+    PREFETCHES = 5  # loads that nobody had demanded
+    PREFETCHES_CANCELLED = 6
+    UPGRADES = 7  # queued requests whose priority was raised
+    INVALID_REQUESTS = 8  # impossible ids on the ring, dropped
+    PAGE_OUTS = 9  # evictions that were asked for
+    SWEEPS = 10
+    SWEPT_REQUESTS = 11  # requests that only the sweep found
+    REAPED_LANES = 12
+    TAKEOVERS = 13
+    HUNGRY_SLEEPS = 14
+    TICKS = 15  # rounds of the main loop: progress
+    QUEUED = 16  # a gauge, not a counter: requests queued now
+
+
+BUCKETS = 304
+LANE_COUNTERS = len(LaneCounter)
+PAGER_COUNTERS = len(PagerCounter)
+LANE_SHARD_WORDS = LANE_COUNTERS + 2 * BUCKETS  # counters, routing latency, waiting time
+PAGER_SHARD_WORDS = PAGER_COUNTERS + BUCKETS  # counters, load latency
+
+
+@inner
+def bucket_of(ns: int) -> int:
+    """The histogram bucket of a duration."""
+    if ns < 8:
+        return max(ns, 0)
+    octave = 0
+    while ns >= 16:
+        ns >>= 1
+        octave += 1
+    return min((octave + 1) * 8 + (ns & 7), BUCKETS - 1)
+
+
+@inner
+def record_duration(histogram: int, ns: int) -> None:
+    """Count one duration in the histogram at an address."""
+    fetch_add(histogram + bucket_of(ns) * WORD, 1)
+
+
+@kernel(types.void(types.int64, types.int64))
+def count_duration(histogram: int, ns: int) -> None:
+    """`record_duration`, from Python."""
+    record_duration(histogram, ns)
+
+
+@kernel(types.void(types.int64, types.int64))
+def add(address: int, value: int) -> None:
+    """Add to one counter."""
+    fetch_add(address, value)
+
+
+@kernel(types.void(types.int64, types.int64, types.int64))
+def read_words(address: int, count: int, out: int) -> None:
+    """Copy `count` words, each read atomically, to private memory at `out`."""
+    target = i64_array(out, count)
+    for i in range(count):
+        target[i] = load(address + i * WORD)
+
+
+def snapshot_words(address: int, count: int) -> npt.NDArray[np.int64]:
+    """int64 [count] of the words at `address`, each read atomically."""
+    out = np.empty(count, np.int64)
+    read_words(address, count, out.ctypes.data)
+    return out
+
+
+def bucket_ceiling(bucket: int) -> int:
+    """The largest duration, in ns, that falls into a bucket."""
+    if bucket < 8:
+        return bucket
+    octave, step = bucket // 8 - 1, bucket % 8
+    return ((8 + step + 1) << octave) - 1
+
+
+_CEILINGS = np.array([bucket_ceiling(b) for b in range(BUCKETS)], np.float64)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A snapshot of durations.
+
+    Attributes
+    ----------
+    counts : ndarray
+        int64 [BUCKETS].
+    """
+
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def total(self) -> int:
+        """Durations counted."""
+        return int(self.counts.sum())
+
+    def percentile(self, share: float) -> float | None:
+        """The duration in ns under which `share` (0 … 1) of them lie; None if there are none."""
+        if self.total == 0:
+            return None
+        rank = min(int(share * self.total), self.total - 1)
+        return float(_CEILINGS[np.searchsorted(np.cumsum(self.counts), rank, side="right")])
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(self.counts + other.counts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Count and percentiles in microseconds, as `stat --json` prints them."""
+        microseconds = {
+            name: None if (ns := self.percentile(share)) is None else ns / 1000
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
+        }
+        return {"count": self.total, **{f"{name}_us": value for name, value in microseconds.items()}}
+
+
+@dataclass(frozen=True)
+class WorkerMetrics:
+    """What one worker, or all that ever were, did.
+
+    Attributes
+    ----------
+    lane : int or None
+        None for the sum.
+    pid : int or None
+    counters : dict
+        By the lower-case names of `LaneCounter`.
+    route, wait : Histogram
+        Latency of routing calls; time that leases waited for loads.
+    """
+
+    lane: int | None
+    pid: int | None
+    counters: dict[str, int]
+    route: Histogram
+    wait: Histogram
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over hits and misses; None before the first route."""
+        pairs = self.counters["hits"] + self.counters["misses"]
+        return self.counters["hits"] / pairs if pairs else None
+
+    @classmethod
+    def from_words(cls, words: npt.NDArray[np.int64], lane: int | None, pid: int | None) -> WorkerMetrics:
+        """Read a shard's words, or a difference or sum of such."""
+        counters = {c.name.lower(): int(words[c]) for c in LaneCounter}
+        first = LANE_COUNTERS
+        return cls(
+            lane, pid, counters, Histogram(words[first : first + BUCKETS]), Histogram(words[first + BUCKETS :])
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {
+            "lane": self.lane,
+            "pid": self.pid,
+            **self.counters,
+            "hit_rate": self.hit_rate,
+            "route": self.route.as_dict(),
+            "wait": self.wait.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class PagerMetrics:
+    """What the pagers of a segment did, all that ever were.
+
+    Attributes
+    ----------
+    pid : int or None
+        The one at work now.
+    counters : dict
+        By the lower-case names of `PagerCounter`.
+    load : Histogram
+        Time from a load's start to its end.
+    """
+
+    pid: int | None
+    counters: dict[str, int]
+    load: Histogram
+
+    @classmethod
+    def from_words(cls, words: npt.NDArray[np.int64], pid: int | None) -> PagerMetrics:
+        """Read the pager's shard."""
+        return cls(
+            pid, {c.name.lower(): int(words[c]) for c in PagerCounter}, Histogram(words[PAGER_COUNTERS:])
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {"pid": self.pid, **self.counters, "load": self.load.as_dict()}

@@ -1,0 +1,86 @@
+"""The weight pool: slots of whole experts, and the views that workers read them through.
+
+A slot's bytes are written by the pager alone, while the expert's word says LOADING(slot), and read under a lease. Its
+header says what the bytes are: which expert, encoded how (INV-4), how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.shared.layout import SLOT_HEADER_BYTES, SLOT_LENGTH, SLOT_OWNER, SLOT_PRECISION
+from shmroute.shared.segment import Segment
+from shmroute.shared.words import pack_wait
+
+PRECISIONS = {"": 0, "float32": 1, "float16": 2, "bfloat16": 3}
+"""How a slot header names the encoding of its bytes; "" is for bytes without a meaning."""
+
+
+class ExpertWeights(Mapping[str, npt.NDArray[Any]]):
+    """One resident expert's tensors by name: read-only, zero-copy, valid while the lease is held.
+
+    For gated feed-forward experts ``w["gate"]`` and ``w["up"]`` are [intermediate, hidden] and ``w["down"]`` is
+    [hidden, intermediate], in the checkpoint's dtype.
+
+    Attributes
+    ----------
+    raw : ndarray
+        uint8 [expert_bytes], all of it.
+    """
+
+    __slots__ = ("_tensors", "raw")
+
+    def __init__(self, raw: npt.NDArray[np.uint8], tensors: dict[str, npt.NDArray[Any]]) -> None:
+        self.raw = raw
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Pool:
+    """The slots of a segment, as one process sees them."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._weights: dict[int, ExpertWeights] = {}
+
+    def weights(self, slot: int) -> ExpertWeights:
+        """The tensors in a slot, read-only. Made once for each slot and kept."""
+        found = self._weights.get(slot)
+        if found is None:
+            expert = self._bytes(slot).toreadonly()
+            tensors = {tensor.name: tensor.view(expert) for tensor in self._segment.config.tensors}
+            found = self._weights[slot] = ExpertWeights(np.frombuffer(expert, np.uint8), tensors)
+        return found
+
+    def writable(self, slot: int) -> memoryview:
+        """A slot's bytes, for the pager to fill."""
+        return self._bytes(slot)
+
+    def describe(self, slot: int, layer: int, expert: int) -> None:
+        """Write a slot's header, before the expert is published."""
+        config = self._segment.config
+        header = self._segment.layout.slot_headers + slot * SLOT_HEADER_BYTES
+        precision = config.tensors[0].dtype if config.tensors else ""
+        self._segment.write(header + SLOT_OWNER, pack_wait(layer, expert))
+        self._segment.write(header + SLOT_PRECISION, PRECISIONS[precision])
+        self._segment.write(header + SLOT_LENGTH, config.expert_bytes)
+
+    def forget(self) -> None:
+        """Drop the views kept here, so that the segment can be unmapped."""
+        self._weights.clear()
+
+    def _bytes(self, slot: int) -> memoryview:
+        start = self._segment.layout.slot(slot)
+        return self._segment.buffer[start : start + self._segment.config.expert_bytes]

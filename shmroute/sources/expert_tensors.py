@@ -1,0 +1,321 @@
+"""Which tensors of a checkpoint hold each expert, and where in which file they lie.
+
+Two spellings are read, layer by layer:
+
+- one tensor per projection and expert, ``LAYER.BLOCK.experts.N.gate_proj.weight`` [I, H], ``up_proj`` [I, H],
+  ``down_proj`` [H, I], or under Mixtral's names ``w1`` (gate), ``w3`` (up) and ``w2`` (down);
+- fused over the experts, ``LAYER.BLOCK.experts.gate_up_proj`` [E, 2I, H], gate rows first, and
+  ``LAYER.BLOCK.experts.down_proj`` [E, H, I];
+
+with ``BLOCK`` either ``mlp`` or ``block_sparse_moe``, and the router's ``LAYER.BLOCK.gate.weight`` [E, H]. E
+experts, hidden size H, an expert's intermediate size I. Any other tensor under ``experts.`` is an error: it
+would change what the experts compute, and nobody would notice its absence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.errors import CheckpointError, UnsupportedDtypeError, UnsupportedScoringError
+from shmroute.sources.base import DTYPES
+from shmroute.sources.bounded_json import shown
+from shmroute.sources.model_config import ModelConfig
+from shmroute.sources.safetensors_header import TensorEntry
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that can be served, from the format's name to the key of `DTYPES`."""
+
+_MOE_NAME = re.compile(
+    r"(?P<prefix>|model\.|language_model\.model\.|model\.language_model\.)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
+    r"(?P<rest>(?P<block>mlp|block_sparse_moe)\.(?P<kind>experts\.|gate\.|e_score_correction_bias).*)",
+    re.DOTALL,
+)
+_QUANTIZED = re.compile(
+    r"[._](scale|scales|scale_inv|blocks|qweight|qzeros|g_idx|absmax|packed|zero_point)(_[0-9]+)?\b"
+)
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL_PROJECTIONS = ("w1", "w3", "w2")
+PARTS = 3
+"""An expert's tensors, everywhere in the order gate, up, down."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the file that holds it.
+
+    Attributes
+    ----------
+    file : int
+        Index into the checkpoint's files.
+    path : str
+    entry : TensorEntry
+    """
+
+    file: int
+    path: str
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Where everything is: 36 bytes per expert (560 KB for 61 layers of 256), whatever the experts' size.
+
+    Attributes
+    ----------
+    dtype : str
+        A key of `DTYPES`; the same for all experts.
+    file : int16 array [layers, experts, 3]
+        Index of the file that holds an expert's gate, up and down projection.
+    begin : int64 array [layers, experts, 3]
+        Their absolute offsets, in bytes.
+    names : tuple of (str, str, str)
+        For each layer the tensors' names, with ``{}`` for the expert's number where it is part of the name.
+    gates : tuple of (str, StoredTensor)
+        For each layer the router's name and place.
+    """
+
+    dtype: str
+    file: npt.NDArray[np.int16]
+    begin: npt.NDArray[np.int64]
+    names: tuple[tuple[str, str, str], ...]
+    gates: tuple[tuple[str, StoredTensor], ...]
+
+
+def is_moe_tensor(name: str) -> bool:
+    """Whether a tensor of this name belongs to experts or a router."""
+    return _MOE_NAME.fullmatch(name) is not None
+
+
+def find_expert_tensors(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], listing: str, config_path: str
+) -> ExpertTensors:
+    """Find every expert of every MoE layer, and check dtype and shape of all their tensors.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    tensors : mapping of str to StoredTensor
+        All tensors of the checkpoint for which `is_moe_tensor`; others are ignored.
+    listing : str
+        Path of the file that lists the tensors (the index or the only file): named where one is missing.
+    config_path : str
+        Named where the checkpoint contradicts it.
+
+    Raises
+    ------
+    UnsupportedDtypeError
+        If experts are quantised.
+    UnsupportedScoringError
+        If the router has more than a weight.
+    CheckpointError
+        If a tensor is missing or unknown, or has not the shape or dtype that it should.
+    """
+    layers = _by_layer(config, tensors, listing)
+    dense = sorted(set(layers) - set(config.moe_layers))
+    for number in dense:
+        for name in layers[number].values():
+            if ".experts." in name:
+                raise CheckpointError(
+                    config_path,
+                    f"by its keys layer {number} has no experts, but the checkpoint has some",
+                    name,
+                )
+
+    size = (len(config.moe_layers), config.num_experts, PARTS)
+    file, begin = np.empty(size, np.int16), np.empty(size, np.int64)
+    names: list[tuple[str, str, str]] = []
+    gates: list[tuple[str, StoredTensor]] = []
+    dtype: str | None = None
+    for row, number in enumerate(config.moe_layers):
+        layer = _Layer(config, number, layers.get(number, {}), tensors, listing)
+        dtype = layer.place(file[row], begin[row], dtype)
+        names.append(layer.templates)
+        gates.append(layer.gate())
+    assert dtype is not None, "a ModelConfig has at least one MoE layer"
+    return ExpertTensors(DTYPE_NAMES[dtype], file, begin, tuple(names), tuple(gates))
+
+
+def _by_layer(config: ModelConfig, names: Iterable[str], listing: str) -> dict[int, dict[str, str]]:
+    """For each layer of the model, its MoE tensors' full names by the part after ``layers.N.``."""
+    layers: dict[int, dict[str, str]] = {}
+    prefixes: set[str] = set()
+    for name in names:
+        match = _MOE_NAME.fullmatch(name)
+        if match is None:
+            continue
+        number = int(match["layer"])
+        if number >= config.num_hidden_layers:
+            # Heads for multi-token prediction are numbered on from the last layer; they are not routed here.
+            continue
+        prefixes.add(match["prefix"])
+        layers.setdefault(number, {})[match["rest"]] = name
+    if not prefixes:
+        raise CheckpointError(
+            listing,
+            "no experts found: no tensor's name is like 'model.layers.0.mlp.experts.0.gate_proj.weight'",
+        )
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            listing, f"experts of several models found: their names begin with {shown(sorted(prefixes))}"
+        )
+    return layers
+
+
+class _Layer:
+    """One MoE layer's tensors: which spelling it uses, and whether all are there and as they should be."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        number: int,
+        own: dict[str, str],
+        tensors: Mapping[str, StoredTensor],
+        listing: str,
+    ) -> None:
+        self._config, self._tensors, self._listing = config, tensors, listing
+        experts = {rest: name for rest, name in own.items() if ".experts." in rest}
+        blocks = sorted({rest.partition(".")[0] for rest in own})
+        if not experts:
+            raise CheckpointError(listing, f"layer {number} has experts by config.json, but none are listed")
+        if len(blocks) > 1:
+            raise CheckpointError(listing, f"layer {number} has tensors both under {' and '.join(blocks)}")
+        first_rest, first_name = next(iter(experts.items()))
+        stem = first_name.removesuffix(first_rest) + blocks[0] + "."
+        self._gate_name = f"{stem}gate.weight"
+        for rest, name in own.items():
+            # First, since an encoding's tensors stand in for the ones that would be missed below.
+            self._refuse_quantized(rest, name)
+
+        self._fused = f"{blocks[0]}.experts.gate_up_proj" in experts
+        if self._fused:
+            pair = f"{stem}experts.gate_up_proj"
+            self.templates = (pair, pair, f"{stem}experts.down_proj")
+        else:
+            mixtral = any(
+                rest.endswith(tuple(f".{part}.weight" for part in _MIXTRAL_PROJECTIONS)) for rest in experts
+            )
+            gate, up, down = _MIXTRAL_PROJECTIONS if mixtral else _PROJECTIONS
+            self.templates = (
+                f"{stem}experts.{{}}.{gate}.weight",
+                f"{stem}experts.{{}}.{up}.weight",
+                f"{stem}experts.{{}}.{down}.weight",
+            )
+        known = set(self._expected()) | {self._gate_name}
+        for rest, name in own.items():
+            if name not in known:
+                self._refuse_unknown(rest, name)
+
+    def _expected(self) -> Iterable[str]:
+        if self._fused:
+            return self.templates
+        return (
+            part.replace("{}", str(n)) for n in range(self._config.num_experts) for part in self.templates
+        )
+
+    def _refuse_quantized(self, rest: str, name: str) -> None:
+        if _QUANTIZED.search(rest):
+            what = "experts are" if ".experts." in rest else "router is"
+            raise UnsupportedDtypeError(
+                self._tensors[name].path, f"the {what} quantised; this tensor belongs to the encoding", name
+            )
+
+    def _refuse_unknown(self, rest: str, name: str) -> NoReturn:
+        path = self._tensors[name].path
+        if ".experts." in rest:
+            raise CheckpointError(
+                path,
+                f"not expected: config.json says {self._config.num_experts} experts of a gate, an up and a "
+                f"down projection each",
+                name,
+            )
+        raise UnsupportedScoringError(path, "the router has more than a weight; that is not supported", name)
+
+    def _require(self, name: str) -> StoredTensor:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(self._listing, "the tensor is missing", name)
+        if tensor.entry.dtype not in DTYPE_NAMES:
+            raise UnsupportedDtypeError(
+                tensor.path,
+                f"its dtype is {shown(tensor.entry.dtype)}; {', '.join(DTYPE_NAMES)} can be served",
+                name,
+            )
+        return tensor
+
+    def _expert_tensor(self, name: str, shape: tuple[int, ...], dtype: str | None) -> StoredTensor:
+        tensor = self._require(name)
+        if dtype is not None and tensor.entry.dtype != dtype:
+            raise CheckpointError(
+                tensor.path, f"its dtype is {tensor.entry.dtype}, but that of other experts is {dtype}", name
+            )
+        if tensor.entry.shape != shape:
+            raise CheckpointError(
+                tensor.path,
+                f"its shape is {list(tensor.entry.shape)}, but by config.json it is {list(shape)}",
+                name,
+            )
+        return tensor
+
+    def place(self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None) -> str:
+        """Fill in where this layer's experts are ([experts, 3] each), and return their dtype.
+
+        `dtype` is that of the layers before, which this one's must be too; None for the first.
+        """
+        if self._fused:
+            return self._place_fused(file, begin, dtype)
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        for expert in range(self._config.num_experts):
+            for part, (template, shape) in enumerate(zip(self.templates, shapes, strict=True)):
+                tensor = self._expert_tensor(template.replace("{}", str(expert)), shape, dtype)
+                dtype = tensor.entry.dtype
+                file[expert, part], begin[expert, part] = tensor.file, tensor.entry.begin
+        assert dtype is not None, "a ModelConfig has at least one expert"
+        return dtype
+
+    def _place_fused(
+        self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None
+    ) -> str:
+        experts, hidden, inner = (
+            self._config.num_experts,
+            self._config.hidden_size,
+            self._config.intermediate_size,
+        )
+        pair_name, _, down_name = self.templates
+        pair, down = self._require(pair_name), self._require(down_name)
+        # One of the two shapes may read either way (2I = H, or I = H), never both.
+        if (pair.entry.shape, down.entry.shape) == ((experts, hidden, 2 * inner), (experts, inner, hidden)):
+            raise CheckpointError(
+                pair.path,
+                f"the fused experts are stored transposed, as [experts, hidden, 2 * intermediate] "
+                f"{list(pair.entry.shape)}; only [experts, 2 * intermediate, hidden] is supported",
+                pair_name,
+            )
+        pair = self._expert_tensor(pair_name, (experts, 2 * inner, hidden), dtype)
+        dtype = pair.entry.dtype
+        down = self._expert_tensor(down_name, (experts, hidden, inner), dtype)
+        one = inner * hidden * DTYPES[DTYPE_NAMES[dtype]].itemsize
+        step = np.arange(experts, dtype=np.int64) * one
+        file[:, :2], file[:, 2] = pair.file, down.file
+        begin[:, 0] = pair.entry.begin + 2 * step
+        begin[:, 1] = begin[:, 0] + one
+        begin[:, 2] = down.entry.begin + step
+        return dtype
+
+    def gate(self) -> tuple[str, StoredTensor]:
+        """The router's name and place."""
+        tensor = self._require(self._gate_name)
+        shape = (self._config.num_experts, self._config.hidden_size)
+        if tensor.entry.shape != shape:
+            raise CheckpointError(
+                tensor.path,
+                f"its shape is {list(tensor.entry.shape)}, but by config.json it is {list(shape)}",
+                self._gate_name,
+            )
+        return self._gate_name, tensor

@@ -1,0 +1,240 @@
+"""config.json is read by family, and every rule that the router does not have is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_builder import FAMILIES, HIDDEN, TOP_K
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shmroute.errors import CheckpointError, UnsupportedDtypeError, UnsupportedScoringError
+from shmroute.sources.model_config import MAX_CONFIG_BYTES, ModelConfig, read_model_config
+
+
+def config_of(family_name: str, **changes: Any) -> dict[str, Any]:
+    family = FAMILIES[family_name]
+    return {
+        "model_type": family_name,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": family.layers,
+        "num_experts_per_tok": TOP_K,
+        **family.config,
+        **changes,
+    }
+
+
+def read(tmp_path: Path, content: dict[str, Any]) -> ModelConfig:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    return read_model_config(str(path))
+
+
+def refusal(tmp_path: Path, content: dict[str, Any]) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, content)
+    assert caught.value.path == str(tmp_path / "config.json")
+    return caught.value
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_the_number_of_experts_has_three_names(tmp_path: Path, model_type: str, key: str) -> None:
+    config = config_of(model_type)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        config.pop(name, None)
+    assert read(tmp_path, {**config, key: 7}).num_experts == 7
+    assert "contradict" in str(
+        refusal(tmp_path, {**config_of(model_type, num_experts=9), "n_routed_experts": 7})
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given_as", "expected"),
+    [("mixtral", False, True), ("mixtral", None, True)]
+    + [
+        (family, given_as, bool(given_as))
+        for family in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
+        for given_as in (True, False, None)
+    ],
+)
+def test_renormalisation_follows_the_family_s_default(
+    tmp_path: Path, model_type: str, given_as: bool | None, expected: bool
+) -> None:
+    assert read(tmp_path, config_of(model_type, norm_topk_prob=given_as)).renormalize is expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "layers"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [3]}, (0, 1, 2, 4)),
+        ("qwen3_moe", {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [1]}, (3, 5)),
+        ("qwen3_moe", {"mlp_only_layers": None}, (0, 1, 2, 3)),
+        ("deepseek_v2", {"first_k_dense_replace": None, "moe_layer_freq": None}, (0, 1, 2, 3, 4)),
+        ("deepseek_v2", {"first_k_dense_replace": 2, "moe_layer_freq": 1}, (2, 3, 4)),
+    ],
+)
+def test_dense_layers_are_skipped(
+    tmp_path: Path, model_type: str, keys: dict[str, Any], layers: tuple[int, ...]
+) -> None:
+    assert read(tmp_path, config_of(model_type, **keys)).moe_layers == layers
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "key",
+    ["model_type", "hidden_size", "num_hidden_layers", "num_experts_per_tok", "intermediate", "experts"],
+)
+def test_a_missing_key_is_named(tmp_path: Path, model_type: str, key: str) -> None:
+    config = config_of(model_type)
+    if key == "intermediate":
+        key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    if key == "experts":
+        key = next(name for name in config if name.endswith("_experts"))
+    del config[key]
+    assert f"{key}" in str(refusal(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 1025},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": 2.0},
+        {"num_hidden_layers": "2"},
+        {"num_local_experts": 4097},
+        {"num_local_experts": -1},
+        {"num_experts_per_tok": 5},
+        {"num_experts_per_tok": 0},
+        {"hidden_size": 2**40},
+        {"intermediate_size": []},
+        {"routed_scaling_factor": "1"},
+        {"routed_scaling_factor": True},
+    ],
+)
+def test_a_value_out_of_range_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert next(iter(changes)) in str(refusal(tmp_path, config_of("mixtral", **changes)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": 1}),
+        ("qwen2_moe", {"mlp_only_layers": 3}),
+        ("qwen2_moe", {"mlp_only_layers": ["3"]}),
+        ("qwen2_moe", {"decoder_sparse_step": 0}),
+        ("deepseek_v2", {"moe_layer_freq": 0}),
+        ("deepseek_v2", {"first_k_dense_replace": -1}),
+    ],
+)
+def test_a_family_s_own_key_out_of_range_is_named(
+    tmp_path: Path, model_type: str, changes: dict[str, Any]
+) -> None:
+    assert next(iter(changes)) in str(refusal(tmp_path, config_of(model_type, **changes)))
+
+
+def test_a_model_without_any_moe_layer_is_refused(tmp_path: Path) -> None:
+    assert "none of the model's 5 layers" in str(
+        refusal(tmp_path, config_of("deepseek_v2", first_k_dense_replace=5))
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mixtral", {"model_type": "deepseek_v3"}),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}),
+        ("deepseek_v2", {"routed_scaling_factor": 16.0}),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}),
+    ],
+)
+def test_another_scoring_rule_is_refused(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
+    assert type(refusal(tmp_path, config_of(model_type, **changes))) is UnsupportedScoringError
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"topk_method": "group_limited_greedy", "n_group": 1, "topk_group": 1},
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4},
+        {"topk_method": "greedy", "n_group": 8, "topk_group": 3},
+        {"topk_method": None, "n_group": None, "topk_group": None, "routed_scaling_factor": None},
+        {"routed_scaling_factor": 1},
+    ],
+)
+def test_rules_that_amount_to_plain_top_k_are_accepted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert read(tmp_path, config_of("deepseek_v2", **changes)).top_k == TOP_K
+
+
+def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    config = config_of("mixtral", quantization_config={"quant_method": "fp8"})
+    assert type(refusal(tmp_path, config)) is UnsupportedDtypeError
+
+
+@pytest.mark.parametrize("model_type", ["llama", 7, ["mixtral"], {}, "Mixtral"])
+def test_an_unknown_family_is_named_along_with_the_supported_ones(tmp_path: Path, model_type: object) -> None:
+    message = str(refusal(tmp_path, config_of("mixtral", model_type=model_type)))
+    for name in (repr(model_type), *FAMILIES):
+        assert name in message
+
+
+def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, MAX_CONFIG_BYTES + 1)
+    with pytest.raises(CheckpointError, match="at most"):
+        read_model_config(str(path))
+
+
+fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEYS = sorted(
+    {key for family in FAMILIES for key in config_of(family)}
+    | {"norm_topk_prob", "mlp_only_layers", "n_group", "quantization_config"}
+)
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 9)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([*FAMILIES, "greedy", "group_limited_greedy", "softmax"])
+    | st.lists(st.integers(0, 4) | st.text(max_size=2), max_size=3)
+    | st.dictionaries(st.text(max_size=2), st.integers(), max_size=2)
+)
+
+
+def answers_or_refuses(path: Path) -> None:
+    try:
+        config = read_model_config(str(path))
+    except CheckpointError as error:
+        assert error.path == str(path)
+        return
+    assert 1 <= config.top_k <= config.num_experts <= 4096
+    assert config.moe_layers == tuple(sorted(set(config.moe_layers)))
+    assert 0 <= config.moe_layers[0] <= config.moe_layers[-1] < config.num_hidden_layers <= 1024
+
+
+@fuzz
+@given(content=st.binary(max_size=100))
+def test_arbitrary_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    answers_or_refuses(path)
+
+
+@fuzz
+@given(
+    model_type=st.sampled_from(list(FAMILIES)),
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+)
+def test_arbitrary_keys_are_read_or_refused(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config_of(model_type), **changes}))
+    answers_or_refuses(path)
