@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from shmroute.config import open_configured_source
 from shmroute.errors import CheckpointError, ConfigError, NoWorkerLane, RuntimeClosedError
 from shmroute.pager_lock import PagerLock
 from shmroute.shared import lanes
@@ -30,7 +31,6 @@ from shmroute.shared.layout import HEADER_BELL, LANE_BASELINE, LANE_BELL, LANE_S
 from shmroute.shared.metrics import LANE_SHARD_WORDS
 from shmroute.shared.pool import Pool
 from shmroute.shared.segment import Segment
-from shmroute.config import open_configured_source
 from shmroute.sources import ExpertSource
 
 T = TypeVar("T")

@@ -214,7 +214,7 @@ class RuntimeConfig:
         )
         for tensor in self.tensors:
             require(
-                0 <= tensor.offset and tensor.offset + tensor.nbytes <= self.expert_bytes,
+                tensor.offset >= 0 and tensor.offset + tensor.nbytes <= self.expert_bytes,
                 f"tensor {tensor.name!r} ends beyond expert_bytes = {self.expert_bytes}",
             )
 

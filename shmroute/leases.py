@@ -37,8 +37,8 @@ from shmroute.shared.bell import arm, disarm
 from shmroute.shared.experts import BROKEN, QUEUE, lease, release
 from shmroute.shared.identity import is_dead, is_stopped
 from shmroute.shared.layout import HEADER_PAGER
-from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter, PagerCounter, add, count_duration
 from shmroute.shared.metrics import BUCKETS as HISTOGRAM_BUCKETS
+from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter, PagerCounter, add, count_duration
 from shmroute.shared.pool import ExpertWeights
 from shmroute.shared.requests import submit_request
 from shmroute.shared.words import FAILED, HUNGRY, PREFETCH, URGENT, expert_state, identity_pid, pack_wait
@@ -220,7 +220,9 @@ class Leases:
             )
         pid = identity_pid(pager)
         if is_stopped(pager):
-            return PagerUnavailable(f"{what}: the pager of {name!r} (pid {pid}) is stopped; continue it: kill -CONT {pid}")
+            return PagerUnavailable(
+                f"{what}: the pager of {name!r} (pid {pid}) is stopped; continue it: kill -CONT {pid}"
+            )
         if timeout >= 4 * self._segment.config.pager.tick and self._pager_ticks() == ticks:
             return PagerUnavailable(f"{what}: the pager of {name!r} (pid {pid}) made no progress in that time")
         return ExpertTimeout(

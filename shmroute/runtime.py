@@ -384,7 +384,7 @@ def read_metrics(segment: Segment) -> RuntimeMetrics:
 
 
 def report_compilation(done: int, total: int, name: str) -> None:
-    """Show on standard error that kernels are being compiled: a line that counts, or one line where it goes to a file."""
+    """Show on standard error that kernels are being compiled: one line that counts, or several lines in a file."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[Kshmroute: compiling kernels, once for this version: {done} of {total} {name}")
         if done == total:
@@ -434,7 +434,7 @@ def create(
     if checkpoint is not None:
         config = _with_source(config, checkpoint)
     if pager and config.source is None:
-        raise ConfigError("pager=True needs a checkpoint to load experts from: pass checkpoint=, or a config made from one")
+        raise ConfigError("pager=True needs a checkpoint to load from: pass checkpoint=, or a config made from one")
     load_kernels(progress)
     segment = create_or_reclaim(name, config)
     process = None

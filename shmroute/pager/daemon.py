@@ -92,7 +92,7 @@ class Pager:
         self._evict_first: dict[int, None] = {}
         self._free: list[int] = []
         self._failures: dict[int, int] = {}
-        self._lane_watch = DeathWatch()
+        self._lane_watch: DeathWatch[int] = DeathWatch()
         self._requested = np.zeros(segment.config.num_layers * self._num_experts, np.int64)
         self._next_sweep = 0.0
         self._loader = Loader(source, self._settings.io_threads, self._settings.drop_page_cache, self.wake)
@@ -313,7 +313,8 @@ class Pager:
         pause = min(self._settings.retry_after * 2.0 ** min(attempts - 1, 16), LONGEST_RETRY)
         not_before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000 + int(pause * 1000)
         failure = pack_failure(*classify(load.error), not_before)
-        fail(self._word_address(key), self._segment.address + self._row_offset(self._layout.failures, key), load.slot, failure)  # fmt: skip
+        failure_address = self._segment.address + self._row_offset(self._layout.failures, key)
+        fail(self._word_address(key), failure_address, load.slot, failure)
         self._eviction.emptied(load.slot)
         self._free.append(load.slot)
         self._count(PagerCounter.FAILURES)
@@ -373,7 +374,6 @@ class Pager:
             if lane not in identities:
                 self._lane_watch.forget(lane)
         for lane, identity in self._lane_watch.dead():
-            assert isinstance(lane, int)
             if same_process(identities[lane], identity):
                 free_lane(self._segment, lane)
                 self._count(PagerCounter.REAPED_LANES)

@@ -91,7 +91,5 @@ class AffinityPrefetch:
         if room <= 0:
             return []
         count = min(room, self.budget)
-        found = find_candidates(
-            self._table.ctypes.data, self._keys.ctypes.data, self._scores.ctypes.data, count
-        )
+        found = find_candidates(self._table.ctypes.data, self._keys.ctypes.data, self._scores.ctypes.data, count)
         return list(zip(self._keys[:found].tolist(), self._scores[:found].tolist(), strict=True))

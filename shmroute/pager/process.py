@@ -115,7 +115,7 @@ def run_pager(
         pager = Pager(segment, open_configured_source(segment.config))
         requests.on_signal = pager.interrupt
         announce(f"serving {segment.name!r} (pid {os.getpid()})")
-        watch = DeathWatch()
+        watch: DeathWatch[str] = DeathWatch()
         if owner != NOBODY:
             watch.watch("owner", owner)
         stop = _StopRule(segment, requests, watch, announce)
@@ -162,7 +162,7 @@ class _StopRule:
     """Asked by the pager once a round whether to stop; afterwards `outcome` says why."""
 
     def __init__(
-        self, segment: Segment, requests: StopRequests, watch: DeathWatch, announce: Callable[[str], None]
+        self, segment: Segment, requests: StopRequests, watch: DeathWatch[str], announce: Callable[[str], None]
     ) -> None:
         self._segment, self._requests, self._watch, self._announce = segment, requests, watch, announce
         self._draining = False
@@ -250,5 +250,3 @@ def stop_pager(process: subprocess.Popen[bytes], timeout: float = 10.0) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-

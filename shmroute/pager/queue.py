@@ -58,8 +58,4 @@ class LoadQueue:
 
     def stale_prefetches(self, before: float) -> list[int]:
         """Prefetches queued before a time."""
-        return [
-            key
-            for key, entry in self._entries.items()
-            if entry.priority == PREFETCH and entry.queued_at < before
-        ]
+        return [key for key, entry in self._entries.items() if entry.priority == PREFETCH and entry.queued_at < before]

@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
+from numba import types
 
-from shmroute.shared.atomic import WORD, cas, load
+from shmroute.shared.atomic import WORD, cas, forget_views, load
+from shmroute.shared.kernel import kernel
 from shmroute.shared.layout import (
     HEADER_BELL,
     LANE_CURSOR,
@@ -67,6 +69,14 @@ PLAN_WORDS: Final = 38
 IDLE: Final = 0
 IN_USE: Final = 1
 CLOSED: Final = 2
+
+
+@kernel(types.void(types.int64))
+def close_plan(plan: int) -> None:
+    """Wait until a plan is idle and close it."""
+    while not cas(plan + STATUS * WORD, IDLE, CLOSED):
+        if load(plan + STATUS * WORD) == CLOSED:
+            return
 
 
 class Plan:
@@ -136,8 +146,5 @@ class Plan:
 
     def close(self) -> None:
         """Wait for the call under way, if any, and refuse all further ones."""
-        while not cas(self.address, IDLE, CLOSED):
-            if load(self.address) == CLOSED:
-                return
-
-
+        close_plan(self.address)
+        forget_views(self.address, self.words.nbytes)

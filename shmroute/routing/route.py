@@ -60,9 +60,7 @@ REFUSED: Final = -4
 
 
 @inner
-def _choose(
-    words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int
-) -> int:
+def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
     num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
     logits = f32_array(logits_at, tokens * num_experts)
@@ -129,7 +127,7 @@ def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int)
         last[expert] = -1
     count = 0
     for pair in range(tokens * k):
-        expert = np.int64(experts[pair])
+        expert = int(experts[pair])
         tick = pair // k + 1
         if last[expert] < 0:
             last[expert], map_b[expert], map_c[expert], times[expert] = 0, 0.0, NO_CLAMP, 0

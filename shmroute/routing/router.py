@@ -103,9 +103,7 @@ class MemoryAwareRouter:
         with self._second_mutex:
             misses = self._finish(self._call(self._second, logits, experts, weights), self._second)
             words = self._second.queued[: self._second.words[p.QUEUED_COUNT]].tolist()
-        return RoutingDecision(
-            experts, weights, experts.size - misses, [PagingRequest.unpack(word) for word in words]
-        )
+        return RoutingDecision(experts, weights, experts.size - misses, [PagingRequest.unpack(word) for word in words])
 
     def route_into(
         self,
@@ -179,7 +177,7 @@ class MemoryAwareRouter:
                 f"logits must be {wanted}, not {_describe(logits)}: layer {self.layer} has {self._num_experts} experts"
             )
         if logits.flags.writeable:
-            return np.require(logits, requirements="CA")
+            return np.require(logits, requirements=["C", "A"])
         return logits.copy()
 
     def _finish(self, code: int, plan: Plan) -> int:

@@ -17,7 +17,7 @@ def is_finite(value: float) -> bool:
 @inner
 def is_resident(snapshot: npt.NDArray[np.int64], expert: int) -> bool:
     """Whether a bitmap has an expert's bit."""
-    return (snapshot[expert >> 6] >> (expert & 63)) & 1 == 1
+    return bool((snapshot[expert >> 6] >> (expert & 63)) & 1)
 
 
 @inner

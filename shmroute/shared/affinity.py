@@ -68,7 +68,7 @@ def power_table(decay: float) -> npt.NDArray[np.float64]:
 def decay_power(table: int, age: int) -> float:
     """``decay^age`` for an age in [0, 2^32), from the table at an address."""
     powers = f64_array(table, POWERS * POWER_TABLES)
-    result = powers[age & (POWERS - 1)]
+    result = float(powers[age & (POWERS - 1)])
     age >>= POWER_BITS
     base = POWERS
     while age > 0:

@@ -17,6 +17,7 @@ Addresses are plain integers and must be multiples of 8. Nothing here checks the
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import time
 from typing import Any
@@ -198,6 +199,10 @@ def forget_views(start: int, size: int) -> None:
     for address in [a for a in _views if start <= a < start + size]:
         context, _ = _views.pop(address)
         context.__exit__(None, None, None)
+
+
+# A view that is still open when the interpreter ends complains from its destructor.
+atexit.register(forget_views, 0, 1 << 64)
 
 
 def signed(value: int) -> int:

@@ -5,7 +5,7 @@ sleep; a ringer may only turn ARMED into RUNG within the epoch that it read.
 
 | who | calls | progress |
 |---|---|---|
-| the one sleeper | `arm`, then looks for work once more, then `Semaphore.sleep`, then `disarm` | blocks, bounded by a timeout |
+| the one sleeper | `arm`, looks for work once more, `Semaphore.sleep`, `disarm` | blocks, bounded by a timeout |
 | any ringer | makes work visible, then `heard`; if that is not 0, `Semaphore.post`, then `mark` | lock-free |
 
 Store-then-load pairs, sequentially consistent on both sides: (bell-A) the sleeper stores ARMED, then loads the work;

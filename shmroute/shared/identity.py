@@ -11,6 +11,7 @@ import errno
 import os
 import select
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 from shmroute.shared.words import (
     LIVE,
@@ -111,13 +112,16 @@ def _readable(descriptors: list[int]) -> list[int]:
     return [descriptor for descriptor, _ in poll.poll(0)]
 
 
-class DeathWatch:
+Key = TypeVar("Key", bound=Hashable)
+
+
+class DeathWatch(Generic[Key]):
     """Watches processes by pidfds that stay open: one poll tells of all of them."""
 
     def __init__(self) -> None:
-        self._watched: dict[Hashable, tuple[int, int | None]] = {}
+        self._watched: dict[Key, tuple[int, int | None]] = {}
 
-    def watch(self, key: Hashable, identity: int) -> None:
+    def watch(self, key: Key, identity: int) -> None:
         """Watch a process under `key`, in place of whichever it stood for."""
         known = self._watched.get(key)
         if known is not None and known[0] == identity and known[1] is not None:
@@ -129,13 +133,14 @@ class DeathWatch:
             return  # unknown counts as alive; the next call tries again
         self._watched[key] = (identity, pidfd)
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: Key) -> None:
         """Stop watching."""
-        _, pidfd = self._watched.pop(key, (0, None))
-        if pidfd is not None:
-            os.close(pidfd)
+        if key in self._watched:
+            _, pidfd = self._watched.pop(key)
+            if pidfd is not None:
+                os.close(pidfd)
 
-    def dead(self) -> list[tuple[Hashable, int]]:
+    def dead(self) -> list[tuple[Key, int]]:
         """The (key, identity) of each watched process that has ended."""
         readable = set(_readable([fd for _, fd in self._watched.values() if fd is not None]))
         return [(key, who) for key, (who, fd) in self._watched.items() if fd is None or fd in readable]

@@ -118,5 +118,3 @@ def free_own_leftovers(segment: Segment, identity: int) -> None:
 def live_lanes(segment: Segment) -> list[int]:
     """The lanes whose worker is alive."""
     return [lane for lane, identity in lane_identities(segment).items() if not is_dead(identity)]
-
-

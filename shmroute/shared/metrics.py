@@ -199,9 +199,7 @@ class WorkerMetrics:
         """Read a shard's words, or a difference or sum of such."""
         counters = {c.name.lower(): int(words[c]) for c in LaneCounter}
         first = LANE_COUNTERS
-        return cls(
-            lane, pid, counters, Histogram(words[first : first + BUCKETS]), Histogram(words[first + BUCKETS :])
-        )
+        return cls(lane, pid, counters, Histogram(words[first : first + BUCKETS]), Histogram(words[first + BUCKETS :]))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only."""
@@ -236,9 +234,7 @@ class PagerMetrics:
     @classmethod
     def from_words(cls, words: npt.NDArray[np.int64], pid: int | None) -> PagerMetrics:
         """Read the pager's shard."""
-        return cls(
-            pid, {c.name.lower(): int(words[c]) for c in PagerCounter}, Histogram(words[PAGER_COUNTERS:])
-        )
+        return cls(pid, {c.name.lower(): int(words[c]) for c in PagerCounter}, Histogram(words[PAGER_COUNTERS:]))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only."""

@@ -180,8 +180,8 @@ class Segment:
     @property
     def buffer(self) -> memoryview:
         """The whole segment, writable."""
-        buffer: memoryview = self.mapping.buf
-        return buffer
+        assert self.mapping.buf is not None, "the segment was closed"
+        return self.mapping.buf
 
     @property
     def lock_path(self) -> Path:
@@ -404,7 +404,7 @@ def _read_header(path: Path, fd: int, size: int, *, closing: bool) -> tuple[Runt
             f"expected {layout.fingerprint:x}): run one version of shmroute in all processes of a runtime"
         )
     if compiled_constants() != CONSTANTS:
-        raise SegmentLayoutError("the compiled kernels are of another version than the Python code: see shmroute doctor")
+        raise SegmentLayoutError("the compiled kernels are not those of the Python code: see shmroute doctor")
     state = identity_state(word(HEADER_STATE))
     if state == DESTROYING and not closing:
         raise SegmentClosingError(f"{path} is being destroyed by process {identity_pid(word(HEADER_STATE))}")
@@ -480,5 +480,3 @@ def wait_until_gone(name: str, timeout: float) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-

@@ -62,13 +62,9 @@ def read_exactly(fd: int, count: int, offset: int, path: str) -> bytes:
         try:
             part = os.pread(fd, count, offset)
         except OSError as error:
-            raise CheckpointError(
-                path, f"reading {count} bytes at offset {offset} failed ({error})"
-            ) from error
+            raise CheckpointError(path, f"reading {count} bytes at offset {offset} failed ({error})") from error
         if not part:
-            raise CheckpointError(
-                path, f"the file is truncated: it ends at byte {offset}, {count} bytes too early"
-            )
+            raise CheckpointError(path, f"the file is truncated: it ends at byte {offset}, {count} bytes too early")
         parts.append(part)
         offset += len(part)
         count -= len(part)

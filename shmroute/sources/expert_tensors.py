@@ -197,9 +197,7 @@ class _Layer:
             pair = f"{stem}experts.gate_up_proj"
             self.templates = (pair, pair, f"{stem}experts.down_proj")
         else:
-            mixtral = any(
-                rest.endswith(tuple(f".{part}.weight" for part in _MIXTRAL_PROJECTIONS)) for rest in experts
-            )
+            mixtral = any(rest.endswith(tuple(f".{part}.weight" for part in _MIXTRAL_PROJECTIONS)) for rest in experts)
             gate, up, down = _MIXTRAL_PROJECTIONS if mixtral else _PROJECTIONS
             self.templates = (
                 f"{stem}experts.{{}}.{gate}.weight",
@@ -214,9 +212,7 @@ class _Layer:
     def _expected(self) -> Iterable[str]:
         if self._fused:
             return self.templates
-        return (
-            part.replace("{}", str(n)) for n in range(self._config.num_experts) for part in self.templates
-        )
+        return (part.replace("{}", str(n)) for n in range(self._config.num_experts) for part in self.templates)
 
     def _refuse_quantized(self, rest: str, name: str) -> None:
         if _QUANTIZED.search(rest):
@@ -279,9 +275,7 @@ class _Layer:
         assert dtype is not None, "a ModelConfig has at least one expert"
         return dtype
 
-    def _place_fused(
-        self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None
-    ) -> str:
+    def _place_fused(self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None) -> str:
         experts, hidden, inner = (
             self._config.num_experts,
             self._config.hidden_size,

@@ -75,17 +75,9 @@ class Fault:
     def __post_init__(self) -> None:
         for name, number in (("layer", self.layer), ("expert", self.expert)):
             if number != "*" and (type(number) is not int or number < 0):
-                raise ConfigError(
-                    f"a fault's {name} is {shown(number)}; an integer from 0 or '*' is expected"
-                )
-        if (
-            isinstance(self.delay, bool)
-            or not isinstance(self.delay, int | float)
-            or not 0 <= self.delay <= MAX_DELAY
-        ):
-            raise ConfigError(
-                f"a fault's delay is {shown(self.delay)}; seconds from 0 to {MAX_DELAY:g} are expected"
-            )
+                raise ConfigError(f"a fault's {name} is {shown(number)}; an integer from 0 or '*' is expected")
+        if isinstance(self.delay, bool) or not isinstance(self.delay, int | float) or not 0 <= self.delay <= MAX_DELAY:
+            raise ConfigError(f"a fault's delay is {shown(self.delay)}; seconds from 0 to {MAX_DELAY:g} are expected")
         if self.block_until is not None and not isinstance(self.block_until, str):
             raise ConfigError(f"a fault's block_until is {shown(self.block_until)}; a path is expected")
         if self.error is not None and (not isinstance(self.error, str) or self.error not in _ERRNO_BY_NAME):
@@ -156,9 +148,7 @@ def read_faults(path: str) -> tuple[Fault, ...]:
     faults = []
     for entry in listed:
         if not isinstance(entry, dict) or not entry.keys() <= known:
-            raise ConfigError(
-                f"{path}: a fault is {shown(entry)}; an object with keys of {sorted(known)} is expected"
-            )
+            raise ConfigError(f"{path}: a fault is {shown(entry)}; an object with keys of {sorted(known)} is expected")
         faults.append(Fault(**entry))
     return tuple(faults)
 
@@ -218,9 +208,7 @@ class FaultySource:
         self._log_fd = -1
         if self._log is not None:
             try:
-                self._log_fd = os.open(
-                    self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-                )
+                self._log_fd = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             except OSError:
                 self._inner.close()
                 raise
@@ -263,9 +251,7 @@ class FaultySource:
             number = _ERRNO_BY_NAME[fault.error]
             raise OSError(number, os.strerror(number), self._inner.location(layer, expert))
         if fault.truncate:
-            raise CheckpointError(
-                self._inner.location(layer, expert), "the file is truncated (an injected fault)"
-            )
+            raise CheckpointError(self._inner.location(layer, expert), "the file is truncated (an injected fault)")
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         self._inner.drop_page_cache(layer, expert)

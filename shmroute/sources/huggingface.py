@@ -87,9 +87,7 @@ class HuggingFaceSource:
                     wanted = weight_map[name]
                 for tensor in wanted:
                     if tensor not in header.tensors:
-                        raise CheckpointError(
-                            file.path, f"{INDEX_NAME} says it is here, but it is not", tensor
-                        )
+                        raise CheckpointError(file.path, f"{INDEX_NAME} says it is here, but it is not", tensor)
                     stored[tensor] = StoredTensor(len(self._files), file.path, header.tensors[tensor])
                 if wanted:
                     self._files.append(file)
@@ -187,9 +185,7 @@ class HuggingFaceSource:
         layers, experts, _ = self._tensors.begin.shape
         # Negative numbers would count from the end, and serve another expert than was meant.
         if not (0 <= layer < layers and 0 <= expert < experts):
-            raise IndexError(
-                f"no expert {expert} of layer {layer}: there are {layers} layers of {experts} experts"
-            )
+            raise IndexError(f"no expert {expert} of layer {layer}: there are {layers} layers of {experts} experts")
 
     def _tensor_name(self, layer: int, expert: int, part: int) -> str:
         return self._tensors.names[layer][part].replace("{}", str(expert))

@@ -95,9 +95,7 @@ def _qwen_layers(keys: _Keys, layers: int) -> tuple[int, ...]:
     if dense is None:
         dense = []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise CheckpointError(
-            keys.path, f"the key 'mlp_only_layers' is {shown(dense)}; a list of integers is expected"
-        )
+        raise CheckpointError(keys.path, f"the key 'mlp_only_layers' is {shown(dense)}; a list of integers is expected")
     excluded = frozenset(dense)
     return tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in excluded)
 
@@ -156,8 +154,7 @@ def read_model_config(path: str) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise CheckpointError(
             path,
-            f"model_type {shown(model_type)} is not supported; "
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}",
+            f"model_type {shown(model_type)} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}",
         )
     if keys.get("quantization_config") is not None:
         raise UnsupportedDtypeError(
@@ -186,30 +183,20 @@ def _refuse_other_scoring(keys: _Keys, model_type: Any) -> None:
     """Raise if the file asks for anything but softmax over all experts, then top-k."""
     scoring = keys.get("scoring_func")
     if isinstance(model_type, str) and model_type in _SIGMOID_MODEL_TYPES:
-        raise UnsupportedScoringError(
-            keys.path, f"model_type {model_type!r} scores experts by a sigmoid, not softmax"
-        )
+        raise UnsupportedScoringError(keys.path, f"model_type {model_type!r} scores experts by a sigmoid, not softmax")
     if scoring is not None and scoring != "softmax":
-        raise UnsupportedScoringError(
-            keys.path, f"scoring_func is {shown(scoring)}; only 'softmax' is supported"
-        )
+        raise UnsupportedScoringError(keys.path, f"scoring_func is {shown(scoring)}; only 'softmax' is supported")
     factor = keys.get("routed_scaling_factor")
     if factor is not None:
         if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise CheckpointError(
-                keys.path, f"the key 'routed_scaling_factor' is {shown(factor)}, not a number"
-            )
+            raise CheckpointError(keys.path, f"the key 'routed_scaling_factor' is {shown(factor)}, not a number")
         if factor != 1:
-            raise UnsupportedScoringError(
-                keys.path, f"routed_scaling_factor is {shown(factor)}; only 1 is supported"
-            )
+            raise UnsupportedScoringError(keys.path, f"routed_scaling_factor is {shown(factor)}; only 1 is supported")
     method = keys.get("topk_method")
     if method is None or method == "greedy":
         return
     if method != "group_limited_greedy":
-        raise UnsupportedScoringError(
-            keys.path, f"topk_method is {shown(method)}; only 'greedy' is supported"
-        )
+        raise UnsupportedScoringError(keys.path, f"topk_method is {shown(method)}; only 'greedy' is supported")
     groups = keys.integer("n_group", low=1, high=MAX_EXPERTS)
     chosen = keys.integer("topk_group", low=1, high=MAX_EXPERTS)
     if chosen < groups:

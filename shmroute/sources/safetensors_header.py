@@ -180,13 +180,9 @@ def _check_tiling(tensors: dict[str, TensorEntry], data_begin: int, file_bytes: 
     position = data_begin
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < position:
-            raise CheckpointError(
-                path, f"its data overlaps that of another tensor at byte {entry.begin}", name
-            )
+            raise CheckpointError(path, f"its data overlaps that of another tensor at byte {entry.begin}", name)
         if entry.begin > position:
-            raise CheckpointError(
-                path, f"{entry.begin - position} bytes before its data belong to no tensor", name
-            )
+            raise CheckpointError(path, f"{entry.begin - position} bytes before its data belong to no tensor", name)
         position = entry.end
     if position != file_bytes:
         raise CheckpointError(path, f"{file_bytes - position} bytes at the end belong to no tensor")

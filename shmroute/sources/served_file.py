@@ -84,9 +84,7 @@ class ServedFile:
             count = os.preadv(self.fd, remaining, offset)
             if count == 0:
                 self.check_unchanged(tensor)
-                raise CheckpointError(
-                    self.path, f"the file is truncated: nothing to read at byte {offset}", tensor
-                )
+                raise CheckpointError(self.path, f"the file is truncated: nothing to read at byte {offset}", tensor)
             offset += count
             while remaining and count >= len(remaining[0]):
                 count -= len(remaining[0])

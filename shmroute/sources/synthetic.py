@@ -118,9 +118,7 @@ class SyntheticSource:
 
     @property
     def spec(self) -> SourceSpec:
-        return SourceSpec(
-            "shmroute.sources.synthetic:SyntheticSource", {**self._identity, "delay": self._delay}
-        )
+        return SourceSpec("shmroute.sources.synthetic:SyntheticSource", {**self._identity, "delay": self._delay})
 
     def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
         """Make one expert's bytes; see `ExpertSource.read_into`.
@@ -164,9 +162,7 @@ class SyntheticSource:
     def _check_index(self, layer: int, expert: int) -> None:
         layers, experts = self._geometry.num_layers, self._geometry.num_experts
         if not (0 <= layer < layers and 0 <= expert < experts):
-            raise IndexError(
-                f"no expert {expert} of layer {layer}: there are {layers} layers of {experts} experts"
-            )
+            raise IndexError(f"no expert {expert} of layer {layer}: there are {layers} layers of {experts} experts")
 
     def _words(self, stream: tuple[int, ...], count: int) -> npt.NDArray[np.uint64]:
         generator = np.random.SFC64(np.random.SeedSequence(self._seed, spawn_key=stream))

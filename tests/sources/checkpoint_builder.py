@@ -167,9 +167,7 @@ def _add_layer(made: Checkpoint, row: int, stem: str, draw: Callable[..., Array]
         made.experts[row, expert] = (draw(INNER, HIDDEN), draw(INNER, HIDDEN), draw(HIDDEN, INNER))
     experts = [made.experts[row, expert] for expert in range(EXPERTS)]
     if fused:
-        made.tensors[f"{stem}experts.gate_up_proj"] = np.stack(
-            [np.concatenate([gate, up]) for gate, up, _ in experts]
-        )
+        made.tensors[f"{stem}experts.gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in experts])
         made.tensors[f"{stem}experts.down_proj"] = np.stack([down for _, _, down in experts])
         return
     for expert, parts in enumerate(experts):

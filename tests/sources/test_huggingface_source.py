@@ -113,8 +113,7 @@ def test_fused_and_separate_layers_may_mix_and_extra_prediction_layers_are_ignor
         stem = "model.layers.1.mlp."
         old = "model.layers.1.block_sparse_moe."
         parts = [
-            [tensors.pop(f"{old}experts.{n}.{name}.weight") for name in ("w1", "w3", "w2")]
-            for n in range(EXPERTS)
+            [tensors.pop(f"{old}experts.{n}.{name}.weight") for name in ("w1", "w3", "w2")] for n in range(EXPERTS)
         ]
         tensors[f"{stem}experts.gate_up_proj"] = np.stack([np.concatenate(p[:2]) for p in parts])
         tensors[f"{stem}experts.down_proj"] = np.stack([p[2] for p in parts])
@@ -287,9 +286,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [rewrite, truncate])
-def test_a_file_that_changes_while_it_is_served_is_noticed(
-    tmp_path: Path, change: Callable[[Path], None]
-) -> None:
+def test_a_file_that_changes_while_it_is_served_is_noticed(tmp_path: Path, change: Callable[[Path], None]) -> None:
     made = build(tmp_path / "m")
     with opened(made.folder) as source:
         change(made.folder / "model.safetensors")
@@ -384,9 +381,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, name: str, shards: int) -> No
         (setting(f"{EXPERT_0}w1.qweight", np.zeros(1)), UnsupportedDtypeError, "quantised"),
         (setting(f"{EXPERT_0}w1.bias", np.zeros(INNER, np.float32)), CheckpointError, "not expected"),
         (
-            setting(
-                "model.layers.0.block_sparse_moe.experts.4.w1.weight", np.zeros((INNER, HIDDEN), np.float32)
-            ),
+            setting("model.layers.0.block_sparse_moe.experts.4.w1.weight", np.zeros((INNER, HIDDEN), np.float32)),
             CheckpointError,
             "not expected",
         ),
@@ -433,9 +428,7 @@ def test_tensors_that_cannot_be_served_as_they_are_are_refused_by_name(
 
 
 @pytest.mark.parametrize("size", [INNER, HIDDEN, HIDDEN // 2])
-def test_the_transposed_fused_layout_is_refused_as_such_even_where_shapes_coincide(
-    tmp_path: Path, size: int
-) -> None:
+def test_the_transposed_fused_layout_is_refused_as_such_even_where_shapes_coincide(tmp_path: Path, size: int) -> None:
     def transpose(tensors: dict[str, Any]) -> None:
         for number in range(2):
             stem = f"model.layers.{number}.block_sparse_moe.experts."
@@ -546,9 +539,7 @@ def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, shard: obje
     assert caught.value.tensor == "a"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a": 1, "a": 1}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a": 1, "a": 1}'])
 def test_an_unusable_index_is_refused(tmp_path: Path, text: str) -> None:
     folder = build(tmp_path / "m", shards=2).folder
     (folder / INDEX).write_text(text)

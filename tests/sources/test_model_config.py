@@ -48,9 +48,7 @@ def test_the_number_of_experts_has_three_names(tmp_path: Path, model_type: str, 
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         config.pop(name, None)
     assert read(tmp_path, {**config, key: 7}).num_experts == 7
-    assert "contradict" in str(
-        refusal(tmp_path, {**config_of(model_type, num_experts=9), "n_routed_experts": 7})
-    )
+    assert "contradict" in str(refusal(tmp_path, {**config_of(model_type, num_experts=9), "n_routed_experts": 7}))
 
 
 @pytest.mark.parametrize(
@@ -132,16 +130,12 @@ def test_a_value_out_of_range_is_named(tmp_path: Path, changes: dict[str, Any]) 
         ("deepseek_v2", {"first_k_dense_replace": -1}),
     ],
 )
-def test_a_family_s_own_key_out_of_range_is_named(
-    tmp_path: Path, model_type: str, changes: dict[str, Any]
-) -> None:
+def test_a_family_s_own_key_out_of_range_is_named(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     assert next(iter(changes)) in str(refusal(tmp_path, config_of(model_type, **changes)))
 
 
 def test_a_model_without_any_moe_layer_is_refused(tmp_path: Path) -> None:
-    assert "none of the model's 5 layers" in str(
-        refusal(tmp_path, config_of("deepseek_v2", first_k_dense_replace=5))
-    )
+    assert "none of the model's 5 layers" in str(refusal(tmp_path, config_of("deepseek_v2", first_k_dense_replace=5)))
 
 
 @pytest.mark.parametrize(

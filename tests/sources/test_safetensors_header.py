@@ -216,9 +216,7 @@ def test_arbitrary_headers_are_read_or_refused(tmp_path: Path, header: dict[str,
 
 @fuzz
 @given(data=st.data())
-def test_whatever_we_accept_after_a_bit_flip_the_library_accepts_too(
-    tmp_path: Path, data: st.DataObject
-) -> None:
+def test_whatever_we_accept_after_a_bit_flip_the_library_accepts_too(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "flipped.safetensors"
     save_file({"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 2), np.float16)}, path)
     content = bytearray(path.read_bytes())

@@ -63,9 +63,7 @@ def test_another_process_makes_the_same_bytes_from_the_spec() -> None:
         "s.read_into(1, 2, memoryview(b))\n"
         "print(hashlib.sha256(b + s.gate(1).tobytes()).hexdigest(), s.geometry.fingerprint)\n"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script, spec], capture_output=True, text=True, check=True
-    ).stdout
+    output = subprocess.run([sys.executable, "-c", script, spec], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(read(source, 1, 2) + source.gate(1).tobytes()).hexdigest()
     assert output.split() == [digest, source.geometry.fingerprint]
     assert SourceSpec(**json.loads(spec)).open().spec == source.spec
