@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
+
+NUMBER = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*"
+"""How a budget's number is written."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -41,7 +44,7 @@ def require_int(name: str, value: object, low: int, high: int) -> None:
 
 def require_float(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     """Raise `ConfigError` unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     require(
         number and (low < value if above else low <= value) and value <= high,  # type: ignore[operator]
         f"{name} must be a number in {'(' if above else '['}{low:g}, {high:g}], not {value!r}",
@@ -56,10 +59,10 @@ def parse_bytes(text: str) -> int:
     ConfigError
         If it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(rf"{NUMBER}([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS:
         raise ConfigError(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,15 @@ class RuntimeConfig:
         require_int("hidden_size", self.hidden_size, 0, 1 << 24)
         if not self.layer_numbers:
             object.__setattr__(self, "layer_numbers", tuple(range(self.num_layers)))
+        for number in self.layer_numbers:
+            require_int("a layer's number", number, 0, (1 << 31) - 1)
         require(
             len(self.layer_numbers) == self.num_layers,
             f"layer_numbers must name {self.num_layers} layers, not {len(self.layer_numbers)}",
+        )
+        require(
+            isinstance(self.source_fingerprint, str),
+            f"source_fingerprint must be a str, not {self.source_fingerprint!r}",
         )
         for tensor in self.tensors:
             require(
@@ -338,7 +347,7 @@ class RuntimeConfig:
             )
         except ConfigError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"not a runtime's settings: {error!r}") from error
 
 
@@ -360,10 +369,10 @@ def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
     """
     slot_bytes = -(-expert_bytes // PAGE) * PAGE
     if isinstance(budget, str) and budget.strip().endswith("%"):
-        try:
-            share = float(budget.strip()[:-1]) / 100
-        except ValueError:
-            raise ConfigError(f"{budget!r} is no share: write a number and %, such as '50%'") from None
+        match = re.fullmatch(rf"{NUMBER}%\s*", budget)
+        if match is None:
+            raise ConfigError(f"{budget!r} is no share: write a number and %, such as '50%'")
+        share = Fraction(match[1]) / 100  # exact: as floats, 29% of 100 are 28
         require(0 < share <= 1, f"a budget's share must be above 0% and at most 100%, not {budget!r}")
         slots = int(experts * share)
     else:

@@ -148,3 +148,7 @@ class Plan:
         """Wait for the call under way, if any, and refuse all further ones."""
         close_plan(self.address)
         forget_views(self.address, self.words.nbytes)
+
+    def abandon(self) -> None:
+        """Refuse all calls from now on, without waiting: for a forked child, where a caller may not exist."""
+        self.words[STATUS] = CLOSED

@@ -53,7 +53,7 @@ from shmroute.shared.words import NORMAL, PAGE_IN, pack_request
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
 RING_BELL: Final = 1 << 40
-BAD_SHAPE: Final = -1
+BAD_ARRAY: Final = -1  # of another shape than the plan's, or not aligned
 NOT_FINITE: Final = -2
 BUSY: Final = -3
 REFUSED: Final = -4
@@ -225,6 +225,14 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     return code
 
 
+@inner
+def _route_aligned(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
+    """`route`, unless an array is not aligned: Numba's types do not tell."""
+    if (logits_at | experts_at | weights_at) & 3:
+        return BAD_ARRAY
+    return route(plan, logits_at, experts_at, weights_at, tokens)
+
+
 _FLOATS_1D, _INTS_1D = types.float32[::1], types.int32[::1]
 _FLOATS_2D, _INTS_2D = types.float32[:, ::1], types.int32[:, ::1]
 
@@ -237,8 +245,8 @@ def route_token(
     words = i64_array(plan, p.PLAN_WORDS)
     k = words[p.TOP_K]
     if logits.shape[0] != words[p.NUM_EXPERTS] or experts.shape[0] != k or weights.shape[0] != k:
-        return BAD_SHAPE
-    return route(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, 1)
+        return BAD_ARRAY
+    return _route_aligned(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, 1)
 
 
 @kernel(types.int64(types.int64, _FLOATS_2D, _INTS_2D, _FLOATS_2D))
@@ -249,5 +257,5 @@ def route_batch(
     words = i64_array(plan, p.PLAN_WORDS)
     k, tokens = words[p.TOP_K], logits.shape[0]
     if logits.shape[1] != words[p.NUM_EXPERTS] or experts.shape != (tokens, k) or weights.shape != (tokens, k):
-        return BAD_SHAPE
-    return route(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, tokens)
+        return BAD_ARRAY
+    return _route_aligned(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, tokens)

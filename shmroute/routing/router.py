@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +16,13 @@ from shmroute.config import require_float
 from shmroute.errors import NonFiniteLogitsError
 from shmroute.routing import plan as p
 from shmroute.routing.plan import Plan
-from shmroute.routing.route import BAD_SHAPE, BUSY, NOT_FINITE, REFUSED, RING_BELL, route_batch, route_token
+from shmroute.routing.route import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BELL, route_batch, route_token
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import LINE
 from shmroute.shared.requests import PagingRequest
 from shmroute.shared.segment import BONUS_ONE
+
+_routers: weakref.WeakSet[MemoryAwareRouter] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class MemoryAwareRouter:
         self._second_mutex = threading.Lock()
         self._bonus = attachment.segment.layout.bonus + layer * LINE
         attachment.before_close(self._close)
+        _routers.add(self)
 
     @property
     def cache_bonus(self) -> float:
@@ -139,7 +144,7 @@ class MemoryAwareRouter:
             return self._route_checked(logits, experts, weights)
         if 0 <= code < RING_BELL:
             return code
-        if code in (BAD_SHAPE, BUSY):
+        if code in (BAD_ARRAY, BUSY, NOT_FINITE):  # the last once more, where no other thread changes what it says
             return self._route_checked(logits, experts, weights)
         return self._finish(code, self._hot)
 
@@ -196,8 +201,22 @@ class MemoryAwareRouter:
         self._hot.close()
         self._second.close()
 
+    def _abandon_in_child(self) -> None:
+        """After a fork: the mapping is gone here, so refuse every call, whatever the parent's threads were doing."""
+        self._hot.abandon()
+        self._second.abandon()
+        self._second_mutex = threading.Lock()
+
 
 def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def _abandon_all_in_child() -> None:
+    for router in list(_routers):
+        router._abandon_in_child()
+
+
+os.register_at_fork(after_in_child=_abandon_all_in_child)

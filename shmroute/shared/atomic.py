@@ -28,9 +28,10 @@ import numpy as np
 import numpy.typing as npt
 from atomics import UINT, MemoryOrder, OpType, atomicview
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, lower_builtin, overload, type_callable
+from numba.np.arrayobj import make_array, populate_array
 
 COMPILED = not numba.config.DISABLE_JIT
 """Whether kernels are compiled in this process (not under ``NUMBA_DISABLE_JIT=1``)."""
@@ -160,24 +161,6 @@ def _monotonic_ns(typingctx: Any) -> Any:
     return types.int64(), body
 
 
-def _pointer_intrinsic(element: Any) -> Any:
-    """The intrinsic that turns an address into a pointer to `element`."""
-
-    @intrinsic
-    def pointer(typingctx: Any, address: Any) -> Any:
-        def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), body
-
-    return pointer
-
-
-_pointer_i64 = _pointer_intrinsic(types.int64)
-_pointer_i32 = _pointer_intrinsic(types.int32)
-_pointer_f64 = _pointer_intrinsic(types.float64)
-_pointer_f32 = _pointer_intrinsic(types.float32)
-
 # ------------------------------------------------------------------ interpreted bodies
 
 _views: dict[int, tuple[Any, Any]] = {}
@@ -287,7 +270,35 @@ overload(fetch_add)(lambda address, value: lambda address, value: _fetch_add(add
 overload(fetch_and)(lambda address, mask: lambda address, mask: _fetch_and(address, mask))
 overload(fetch_or)(lambda address, mask: lambda address, mask: _fetch_or(address, mask))
 overload(monotonic_ns)(lambda: lambda: _monotonic_ns())
-overload(i64_array)(lambda address, count: lambda address, count: carray(_pointer_i64(address), (count,)))
-overload(i32_array)(lambda address, count: lambda address, count: carray(_pointer_i32(address), (count,)))
-overload(f64_array)(lambda address, count: lambda address, count: carray(_pointer_f64(address), (count,)))
-overload(f32_array)(lambda address, count: lambda address, count: carray(_pointer_f32(address), (count,)))
+
+
+def _compile_array(function: Any, element: Any) -> None:
+    """Make `function(address, count)` an array over that memory, in compiled code.
+
+    Not by `numba.carray`: kernels are compiled without Numba's memory management (`shmroute.shared.kernel`), and there
+    a function, which an `overload` is, may not return an array.
+    """
+    array_type = types.Array(element, 1, "C")
+
+    @type_callable(function)
+    def typed(context: Any) -> Any:
+        return lambda address, count: array_type
+
+    @lower_builtin(function, types.Integer, types.Integer)
+    def lowered(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, count = (
+            context.cast(builder, value, kind, types.intp) for value, kind in zip(args, signature.args, strict=True)
+        )
+        array = make_array(array_type)(context, builder)
+        item_bytes = context.get_constant(types.intp, element.bitwidth // 8)
+        populate_array(
+            array, data=builder.inttoptr(address, array.data.type), shape=[count], strides=[item_bytes],
+            itemsize=item_bytes, meminfo=None,
+        )  # fmt: skip
+        return array._getvalue()
+
+
+_compile_array(i64_array, types.int64)
+_compile_array(i32_array, types.int32)
+_compile_array(f64_array, types.float64)
+_compile_array(f32_array, types.float32)

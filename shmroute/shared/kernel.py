@@ -104,7 +104,8 @@ def kernel(signature: Any) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         if not COMPILED:
             return function
-        dispatcher = numba.njit(nogil=True)(function)
+        # Without Numba's memory management a kernel cannot allocate, and taking an array argument costs no heap cell.
+        dispatcher = numba.njit(nogil=True, _nrt=False)(function)
         dispatcher._cache = _StampedCache(function)
         _entries.append((dispatcher, signature))
         return dispatcher  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ A histogram has eight buckets to the octave of nanoseconds, so a percentile read
 
 | who | may write | when |
 |---|---|---|
-| worker of a lane, any thread | its shard | always, `fetch_add` |
+| worker of a lane, any thread; for two counters the pager | its shard | always, `fetch_add` |
 | worker of a lane | its baseline | once, when it claims |
 | pager | the pager's shard | always, `fetch_add` |
 | anybody | nothing; reads all | always |
@@ -43,7 +43,8 @@ class LaneCounter(IntEnum):
     WAITS = 9  # leases that had to wait for a load
     WAIT_NS = 10
     LOAD_ERRORS = 11  # ExpertLoadError raised
-    RINGS = 12  # semaphores posted
+    LOADS = 12  # loads that its requests started; counted by the pager
+    EVICTIONS = 13  # evictions that made room for those; counted by the pager
 
 
 class PagerCounter(IntEnum):

@@ -60,7 +60,7 @@ def push(ring: int, bits: int, request: int) -> int:
             if load(ring + RING_TAIL) == tail:
                 return FULL
             continue
-        if cas(address, entry, signed((cycle << CYCLE_SHIFT) | request)):  # linearization point
+        if cas(address, entry, signed((cycle << CYCLE_SHIFT) | int(request))):  # linearization point
             cas(ring + RING_TAIL, tail, tail + 1)  # whoever fails here was helped
             return PUSHED
 

@@ -76,6 +76,9 @@ PREFIX = "shmroute."
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_CONFIG_BYTES = 1 << 20
+MAX_FILE_BYTES = (1 << 63) - 1
+"""What an offset in a file can say; settings may ask for more."""
+
 BONUS_ONE = 1 << 32
 """Bonus words are fixed-point: value × 2^32."""
 
@@ -279,7 +282,7 @@ def _layout(config: RuntimeConfig, config_bytes: int) -> Layout:
 def _reserve(fd: int, size: int) -> None:
     """Take the memory now: a full tmpfs is an error here, not a SIGBUS later."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, 0, min(size, MAX_FILE_BYTES))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
@@ -288,7 +291,7 @@ def _reserve(fd: int, size: int) -> None:
         raise SharedMemoryFullError(
             error.errno,
             f"the segment needs {size} bytes, {SHM} has {free} free: give it a smaller budget, remove leftovers "
-            f"(shmroute ls, shmroute doctor), or enlarge it (mount -o remount,size=… {SHM}; in a container, --shm-size)",
+            f"(shmroute doctor), or enlarge it (mount -o remount,size=… {SHM}; in a container, --shm-size)",
         ) from None
 
 
@@ -451,7 +454,8 @@ def unlink_segment(segment: Segment) -> None:
 
 def segment_names() -> list[str]:
     """Names of all files that claim to be segments."""
-    return sorted(path.name.removeprefix(PREFIX) for path in SHM.glob(f"{PREFIX}*"))
+    names = (path.name.removeprefix(PREFIX) for path in SHM.glob(f"{PREFIX}*"))
+    return sorted(name for name in names if NAME_PATTERN.fullmatch(name))
 
 
 _COMPANION = re.compile(r"(?:sem\.)?shmroute-([0-9a-f]{32})(?:\.lock|-pager|-lane\d+)")
@@ -466,10 +470,26 @@ def orphans() -> list[Path]:
     companions = [(path, match[1]) for path in SHM.iterdir() if (match := _COMPANION.fullmatch(path.name))]
     alive = set()
     for name in segment_names():
-        with contextlib.suppress(OSError), segment_path(name).open("rb") as file:
-            header = file.read(HEADER_CONFIG)
-            alive.add(header[HEADER_UUID : HEADER_UUID + 16].hex())
-    return sorted(path for path, uuid in companions if uuid not in alive and path.stat().st_uid == os.geteuid())
+        with contextlib.suppress(OSError):
+            alive.add(_uuid_of(segment_path(name)))
+    return sorted(path for path, uuid in companions if uuid not in alive and _is_own(path))
+
+
+def _uuid_of(path: Path) -> str:
+    """What a segment's header says its uuid is; nothing is checked."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO
+    try:
+        return os.pread(fd, 16, HEADER_UUID).hex()
+    finally:
+        os.close(fd)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is there and belongs to this user."""
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def wait_until_gone(name: str, timeout: float) -> bool:

@@ -217,6 +217,12 @@ def request_priority(request: int) -> int:
 
 
 @inner
+def request_lane(request: int) -> int:
+    """The lane that asked, or NO_LANE."""
+    return (request >> LANE_SHIFT) & ((1 << LANE_BITS) - 1)
+
+
+@inner
 def pack_wait(layer: int, expert: int) -> int:
     """A wait word that names an expert; never 0."""
     return ((layer << LAYER_SHIFT) | expert) + 1

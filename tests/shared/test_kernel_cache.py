@@ -1,0 +1,85 @@
+"""The cache of machine code: an edited constant is never answered by stale code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shmroute
+from shmroute.shared.atomic import COMPILED
+from shmroute.shared.kernel import STAMP, cache_directory, kernel_count, load_kernels
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="interpreted kernels have no cache")
+
+PROGRAM = """
+import json
+import numpy as np
+import shmroute
+from shmroute.shared.kernel import STAMP, load_kernels
+from shmroute.shared.layout import CONSTANTS, compiled_constants
+from shmroute.shared.words import LAYER_BITS
+said = []
+compiled = load_kernels(lambda done, total, name: said.append(name))
+print(json.dumps({
+    "from": shmroute.__file__, "stamp": STAMP, "compiled": compiled, "constants": compiled_constants(),
+    "python": CONSTANTS, "layer_bits": LAYER_BITS, "said": len(said),
+}))
+"""
+
+
+def run_copy(tree: Path) -> dict[str, str | int]:
+    """Load a copied package's kernels in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "SHMROUTE_CACHE_DIR": str(tree / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tree, env=environment, check=True, capture_output=True, text=True
+    )
+    said: dict[str, str | int] = json.loads(done.stdout)
+    assert Path(str(said["from"])).is_relative_to(tree)
+    return said
+
+
+def test_a_constant_edited_in_another_file_is_compiled_anew(tmp_path: Path) -> None:
+    load_kernels()
+    shutil.copytree(Path(shmroute.__file__).parent, tmp_path / "shmroute", ignore=shutil.ignore_patterns("__pycache__"))
+    if (tmp_path / "shmroute" / "shared" / "words.py").read_bytes() == words_here():
+        shutil.copytree(cache_directory(), tmp_path / "cache" / "kernels" / STAMP)  # spares one compilation
+
+    before = run_copy(tmp_path)
+    assert before["constants"] == before["python"]
+
+    words = tmp_path / "shmroute" / "shared" / "words.py"
+    words.write_text(words.read_text().replace("LAYER_BITS: Final = 10", "LAYER_BITS: Final = 9"))
+    edited = run_copy(tmp_path)
+    assert edited["layer_bits"] == 9
+    assert edited["stamp"] != before["stamp"]
+    assert edited["constants"] == edited["python"] != before["constants"]
+    assert edited["compiled"] == kernel_count()
+    assert edited["said"] == kernel_count() + 1
+
+    again = run_copy(tmp_path)
+    assert again["constants"] == edited["constants"]
+    assert again["compiled"] == again["said"] == 0
+
+
+def words_here() -> bytes:
+    """The file that the test edits in its copy."""
+    return (Path(shmroute.__file__).parent / "shared" / "words.py").read_bytes()
+
+
+def test_kernels_that_are_loaded_are_not_compiled_again() -> None:
+    load_kernels()
+    assert load_kernels() == 0
+
+
+def test_the_cache_is_named_by_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHMROUTE_CACHE_DIR", str(tmp_path))
+    assert cache_directory() == tmp_path / "kernels" / STAMP
+    monkeypatch.delenv("SHMROUTE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "shmroute" / "kernels" / STAMP
