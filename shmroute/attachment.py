@@ -35,6 +35,9 @@ from shmroute.sources import ExpertSource
 
 T = TypeVar("T")
 
+SLEEPER_LEAVES = 1.0
+"""Seconds within which a thread that sleeps on the lane's bell has noticed that the attachment is closed."""
+
 _registry: dict[str, Attachment] = {}
 _registry_mutex = threading.RLock()
 
@@ -63,11 +66,28 @@ class Lane:
         self.counters = self.address + LANE_SHARD
         self.semaphore = Semaphore(segment.semaphore_name(number))
         self.semaphore.drain()
+        self._sleeping = threading.Lock()
+        self._closed = False
         lanes.copy_words(self.counters, self.address + LANE_BASELINE, LANE_SHARD_WORDS)
 
     def counter(self, index: int) -> int:
         """Address of one of its counters."""
         return self.counters + index * WORD
+
+    def sleep(self, timeout: float) -> None:
+        """Wait for its bell; returns at once when closed."""
+        with self._sleeping:
+            if not self._closed:
+                self.semaphore.sleep(timeout)
+
+    def close(self) -> None:
+        """Wake whoever sleeps, then close the semaphore: closed under a sleeper, its memory would be gone."""
+        self.semaphore.post()
+        # If the sleeper is this very thread (in a signal handler), the semaphore stays open until the process ends.
+        if self._sleeping.acquire(timeout=SLEEPER_LEAVES):
+            self._closed = True
+            self.semaphore.close()
+            self._sleeping.release()
 
 
 class Attachment:
@@ -78,6 +98,8 @@ class Attachment:
         self.pool = Pool(segment)
         self.powers: npt.NDArray[np.float64] = power_table(segment.config.affinity.decay)
         self.users = 0
+        self.gone = threading.Event()
+        self._identity = own_identity()  # now, while there is a descriptor to find it out with
         self._lane: Lane | None = None
         self._pager_semaphore: Semaphore | None = None
         self._mutex = threading.Lock()
@@ -155,21 +177,25 @@ class Attachment:
     def _claim_lane(self) -> Lane:
         segment = self.segment
         segment.check_live()
-        identity = own_identity()
-        lanes.free_own_leftovers(segment, identity)
-        number = self._try_claim(identity)
+        lanes.free_own_leftovers(segment, self._identity)
+        number = self._try_claim(self._identity)
         if number < 0:
-            # The dead may fill the lanes while no pager is there to reap them.
-            with PagerLock(segment) as lock:
+            # The dead may fill the lanes while no pager is there to reap them. Out of descriptors, nobody is known to
+            # be dead.
+            with contextlib.suppress(OSError), PagerLock(segment) as lock:
                 if lock.try_acquire():
                     lanes.reap(segment)
-            number = self._try_claim(identity)
+            number = self._try_claim(self._identity)
         if number < 0:
             raise NoWorkerLane(
                 f"all {segment.config.max_workers} worker lanes of {segment.name!r} are taken by live processes; "
                 f"stop one, or create the segment with a larger max_workers (at most 32)"
             )
-        lane = Lane(segment, number)
+        try:
+            lane = Lane(segment, number)
+        except BaseException:  # out of descriptors, say
+            lanes.free_lane(segment, number)
+            raise
         if segment.closing:  # (lane claim / header state)
             lanes.free_lane(segment, number)
             lane.semaphore.close()
@@ -243,19 +269,20 @@ class Attachment:
 
     # ---------------------------------------------------------- end
 
+    def begin_close(self) -> None:
+        """Let nobody begin to use it any more."""
+        self._closed = f"the runtime {self.segment.name!r} was closed in this process; attach to it again"
+
     def close(self) -> None:
-        """Wait for users, free the lane, unmap."""
+        """After `begin_close`: wait for users, free the lane, unmap."""
         with self._mutex:
-            if self._closed is not None:
-                return
-            self._closed = f"the runtime {self.segment.name!r} was closed in this process; attach to it again"
             while self._in_use:
                 self._idle.wait()
         for action in self._before_close:
             action()
         if self._lane is not None:
             lanes.free_lane(self.segment, self._lane.number)
-            self._lane.semaphore.close()
+            self._lane.close()
         if self._pager_semaphore is not None:
             self._pager_semaphore.close()
         if self._source is not None:
@@ -280,14 +307,18 @@ class Attachment:
 
 def attachment_to(segment: Segment) -> Attachment:
     """The attachment of this process to a segment; a second mapping of the same one is closed."""
-    with _registry_mutex:
-        known = _registry.get(segment.uuid)
-        if known is None:
-            known = _registry[segment.uuid] = Attachment(segment)
-        elif known.segment is not segment:
-            segment.close()
-        known.users += 1
-        return known
+    while True:
+        with _registry_mutex:
+            known = _registry.get(segment.uuid)
+            if known is None:
+                known = _registry[segment.uuid] = Attachment(segment)
+            if known.users > 0 or not known.closed:
+                if known.segment is not segment:
+                    segment.close()
+                known.users += 1
+                return known
+        # It is being closed by another thread: two attachments would take each other's lane for a leftover.
+        known.gone.wait()
 
 
 def leave(attachment: Attachment) -> None:
@@ -296,8 +327,14 @@ def leave(attachment: Attachment) -> None:
         attachment.users -= 1
         if attachment.users > 0 or attachment.closed:
             return
-        del _registry[attachment.segment.uuid]
-    attachment.close()
+        attachment.begin_close()
+    try:
+        attachment.close()
+    finally:
+        with _registry_mutex:
+            if _registry.get(attachment.segment.uuid) is attachment:
+                del _registry[attachment.segment.uuid]
+        attachment.gone.set()
 
 
 def _detach_in_child() -> None:

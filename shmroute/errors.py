@@ -28,6 +28,10 @@ class NonFiniteLogitsError(ShmrouteError, ValueError):
         )
 
 
+class KernelCacheError(ShmrouteError):
+    """The directory for compiled kernels cannot be used."""
+
+
 # ------------------------------------------------------------------ segments
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -60,7 +61,9 @@ class Leases:
         self._words = base + layout.experts
         self._failures = base + layout.failures
         self._row_bytes = layout.row_bytes
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
+        self._changing = False
+        self._ended: deque[tuple[int, int]] = deque()
         self._counts: dict[int, int] = {}
         self._held: dict[int, int] = {}
         self._waiting = threading.Lock()
@@ -77,27 +80,49 @@ class Leases:
         thread = threading.get_ident()
         with self._mutex:
             self._attachment.check_open()
-            slot = int(lease(self._words + offset, self._lane.bit))
-            if slot >= 0:
-                self._counts[offset] = self._counts.get(offset, 0) + 1
-                self._held[thread] = self._held.get(thread, 0) + 1
-                add(self._lane.counter(LaneCounter.LEASES), 1)
+            self._changing = True
+            try:
+                slot = int(lease(self._words + offset, self._lane.bit))
+                if slot >= 0:
+                    self._counts[offset] = self._counts.get(offset, 0) + 1
+                    self._held[thread] = self._held.get(thread, 0) + 1
+                    add(self._lane.counter(LaneCounter.LEASES), 1)
+            finally:
+                self._changing = False
+            if self._ended:
+                self._settle()
         return slot
 
     def release(self, layer: int, expert: int, thread: int) -> None:
         """Give back a lease that `thread` took. Does nothing once the attachment is closed, which gave back all."""
-        offset = self._offset(layer, expert)
+        if self._attachment.closed:
+            return  # in a forked child too, where the mutex may belong to a thread that does not exist
+        self._ended.append((self._offset(layer, expert), thread))
         with self._mutex:
-            if self._attachment.closed:
-                return
-            self._held[thread] -= 1
-            if self._held[thread] == 0:
-                del self._held[thread]
-            self._counts[offset] -= 1
-            if self._counts[offset] == 0:
-                del self._counts[offset]
-                release(self._words + offset, self._lane.bit)
-                self._attachment.ring_pager(only_hungry=HUNGRY)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Give back the leases that have ended, the mutex being held.
+
+        Garbage collection may end a dropped `Runtime.experts` loop, and so a lease, in the middle of any change that
+        its thread makes here; the change then goes first, and settles afterwards.
+        """
+        if self._changing or self._attachment.closed:
+            return
+        self._changing = True
+        try:
+            while self._ended:
+                offset, thread = self._ended.popleft()
+                self._held[thread] -= 1
+                if self._held[thread] == 0:
+                    del self._held[thread]
+                self._counts[offset] -= 1
+                if self._counts[offset] == 0:
+                    del self._counts[offset]
+                    release(self._words + offset, self._lane.bit)
+                    self._attachment.ring_pager(only_hungry=HUNGRY)
+        finally:
+            self._changing = False
 
     def holds_any(self) -> bool:
         """Whether this thread holds a lease."""
@@ -182,7 +207,7 @@ class Leases:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._timed_out(layer, awaited, timeout, ticks)
-            self._lane.semaphore.sleep(min(left, RECHECK))
+            self._lane.sleep(min(left, RECHECK))
 
     def _set_wait_word(self, value: int) -> None:
         with self._mutex:
@@ -231,6 +256,7 @@ class Leases:
 
     def _close(self) -> None:
         with self._mutex:  # no kernel of another thread is under way once this is held
+            self._ended.clear()
             self._counts.clear()
             self._held.clear()
 

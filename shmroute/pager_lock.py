@@ -39,9 +39,11 @@ class PagerLock:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
                 os.close(fd)
-                return False
+                if isinstance(error, BlockingIOError | PermissionError):  # either means: held by another process
+                    return False
+                raise
             # Whoever destroys unlinks the file after closing the segment: what is locked here may be its successor.
             if self._segment.closing:
                 path.unlink(missing_ok=True)
@@ -58,6 +60,10 @@ class PagerLock:
                 os.close(self._fd)
                 self._fd = None
                 _held_here.discard(self._segment.uuid)
+
+    def leave_to_death(self) -> None:
+        """Hold it until this process has ended: for one that leaves while its threads still write slots."""
+        self._fd = None
 
     def __enter__(self) -> PagerLock:
         return self

@@ -32,10 +32,11 @@ from shmroute.errors import (
     SegmentNotFoundError,
 )
 from shmroute.leases import ExpertLease, ExpertRows, Leases, hand_out, prefetch
-from shmroute.pager.process import pager_alive, start_pager, stop_pager
+from shmroute.pager.process import pager_alive, standby_alive, start_pager, stop_pager
 from shmroute.routing import MemoryAwareRouter
 from shmroute.shared.affinity import ExpertAffinity, checked_ids
 from shmroute.shared.atomic import WORD
+from shmroute.shared.bell import Semaphore
 from shmroute.shared.identity import is_dead
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.lanes import lane_identities, live_lanes
@@ -54,6 +55,7 @@ from shmroute.shared.segment import (
     checked_name,
     claim_destruction,
     create_segment,
+    segment_path,
     unlink_segment,
 )
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, identity_pid, pack_request
@@ -95,6 +97,10 @@ class RuntimeMetrics:
     def hit_rate(self) -> float | None:
         """Of all workers together; None before the first route."""
         return self.total.hit_rate
+
+    def worker_of(self, pid: int) -> WorkerMetrics | None:
+        """What one process did since it attached; None if it holds no lane."""
+        return next((worker for worker in self.workers if worker.pid == pid), None)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only."""
@@ -254,6 +260,7 @@ class Runtime:
     def resident(self, layer: int) -> list[int]:
         """Sorted ids of a layer's experts that the router takes for resident now."""
         self._check_layer(layer)
+        self._check_open()
         with self._attachment.in_use() as segment:
             row = segment.address + segment.layout.resident + layer * segment.layout.resident_row_bytes
             words = snapshot_words(row, -(-self.config.num_experts // 64))
@@ -271,6 +278,7 @@ class Runtime:
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""
         self._check_expert(layer, expert)
+        self._check_open()
         with self._attachment.in_use() as segment:
             layout = segment.layout
             request = pack_request(layer, expert, PAGE_OUT, NORMAL, NO_LANE)
@@ -282,6 +290,7 @@ class Runtime:
 
     def metrics(self) -> RuntimeMetrics:
         """One snapshot of all counters. Claims no lane."""
+        self._check_open()
         with self._attachment.in_use() as segment:
             return read_metrics(segment)
 
@@ -383,15 +392,27 @@ def read_metrics(segment: Segment) -> RuntimeMetrics:
 # ------------------------------------------------------------------ making one
 
 
-def report_compilation(done: int, total: int, name: str) -> None:
-    """Show on standard error that kernels are being compiled: one line that counts, or several lines in a file."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[Kshmroute: compiling kernels, once for this version: {done} of {total} {name}")
-        if done == total:
-            sys.stderr.write("\n")
+class _CompilationReport:
+    """Shows on standard error that kernels are being compiled: one line that counts, or two lines in a file."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[Kshmroute: compiling kernels, once for this version: {done} of {total} {name}")
+            if done == total:
+                sys.stderr.write("\n")
+        elif not self._begun:
+            sys.stderr.write("shmroute: compiling kernels, once for this version …\n")
+        elif done == total:
+            sys.stderr.write("shmroute: compiled\n")
         sys.stderr.flush()
-    elif done < total:
-        print(f"shmroute: compiling kernels, once for this version: {done + 1} of {total}", file=sys.stderr, flush=True)
+        self._begun = True
+
+
+report_compilation = _CompilationReport()
+"""The default `progress` of `create` and `attach`."""
 
 
 def create(
@@ -466,11 +487,12 @@ def _with_source(config: RuntimeConfig, checkpoint: str | Path | ExpertSource) -
     for field in ("num_layers", "num_experts", "expert_bytes"):
         if getattr(config, field) != getattr(geometry, field):
             raise ConfigError(
-                f"{field} is {getattr(config, field)} in the settings and {getattr(geometry, field)} in the checkpoint; "
+                f"{field} is {getattr(config, field)} in the settings, {getattr(geometry, field)} in the checkpoint; "
                 f"use RuntimeConfig.from_checkpoint"
             )
     return dataclasses.replace(
         config,
+        router=dataclasses.replace(config.router, renormalize=geometry.renormalize),
         layer_numbers=geometry.layer_numbers,
         hidden_size=geometry.hidden_size,
         tensors=geometry.tensors,
@@ -500,8 +522,8 @@ def reclaim(name: str) -> bool:
         return False  # not ours to judge: the caller reports that the name is taken
     try:
         if not segment.closing:
-            in_use = not is_dead(segment.read(HEADER_OWNER)) or pager_alive(segment) or live_lanes(segment)
-            if in_use:
+            owned = not is_dead(segment.read(HEADER_OWNER))
+            if owned or pager_alive(segment) or standby_alive(segment) or live_lanes(segment):
                 return False
         if not claim_destruction(segment):
             return False
@@ -533,6 +555,15 @@ def attach(name: str, *, progress: Callable[[int, int, str], None] | None = repo
     return Runtime(attach_segment(name), owner=False)
 
 
+def is_published(segment: Segment) -> bool:
+    """Whether the segment's name still stands for it."""
+    try:
+        status = segment_path(segment.name).stat()
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == segment.inode
+
+
 def destroy(name: str, *, timeout: float = 10.0) -> None:
     """Remove a segment, whoever uses it: waiting workers get `SegmentClosingError`, its pager ends.
 
@@ -545,8 +576,16 @@ def destroy(name: str, *, timeout: float = 10.0) -> None:
     segment = attach_segment(name, closing=True)
     try:
         deadline = time.monotonic() + timeout
-        if not claim_destruction(segment):
-            raise SegmentExistsError(f"{name!r} is being destroyed by another process right now")
+        while not claim_destruction(segment):
+            if not is_published(segment):
+                return  # the other one is done
+            if time.monotonic() > deadline:
+                raise SegmentExistsError(f"{name!r} is being destroyed by another process, which does not finish")
+            time.sleep(0.01)
+        if pager_alive(segment):
+            semaphore = Semaphore(segment.semaphore_name(None))
+            semaphore.post()
+            semaphore.close()
         while pager_alive(segment) and time.monotonic() < deadline:
             time.sleep(0.01)
         unlink_segment(segment)

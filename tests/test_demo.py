@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shmroute.demo.reference import dense_reference
 from shmroute.demo.recording import Recording
+from shmroute.demo.reference import dense_reference
 from shmroute.errors import CheckpointError
 from shmroute.shared.segment import SHM
 
@@ -81,5 +81,5 @@ def test_the_reference_routes_like_a_plain_softmax_top_k() -> None:
 
 def test_a_recording_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "activations.npz").write_bytes(b"not a zip file")
-    with pytest.raises(CheckpointError, match="activations.npz"):
+    with pytest.raises(CheckpointError, match=r"activations\.npz"):
         Recording.load(tmp_path)

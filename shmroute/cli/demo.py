@@ -56,13 +56,16 @@ def demo(
     folder = data or default_folder()
     if not folder.is_dir():
         raise ConfigError(f"no checkpoint at {folder}: run this from a source checkout, or give its folder with --data")
-    console.print(f"checkpoint {folder}, budget {budget}; computing the dense reference …", highlight=False)
+    console.print(
+        f"checkpoint {folder}, budget {budget}; computing the dense reference …", highlight=False, soft_wrap=True
+    )
     show = Demo(folder, budget, tokens)
     config = show.config
     console.print(
         f"{config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} slots of "
         f"{config.num_layers * config.num_experts} experts ({config.budget_bytes:,} bytes)",
         highlight=False,
+        soft_wrap=True,
     )
     runs = []
     for value in (0.0, bonus):

@@ -6,6 +6,7 @@ words' LOADING, RESIDENT and FAILED states.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from shmroute.pager.prefetch import AffinityPrefetch
 from shmroute.pager.queue import LoadQueue
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
-from shmroute.shared.bell import Semaphore, arm, disarm, ring
+from shmroute.shared.bell import Semaphore, arm, disarm, ring, unlink_semaphore
 from shmroute.shared.experts import (
     QUEUE,
     begin_load,
@@ -36,13 +37,14 @@ from shmroute.shared.experts import (
 )
 from shmroute.shared.identity import DeathWatch, own_identity, same_process
 from shmroute.shared.lanes import free_lane, lane_identities
-from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, LANE_BELL
-from shmroute.shared.metrics import PAGER_COUNTERS, PagerCounter, add, count_duration
+from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, LANE_BELL, LANE_SHARD
+from shmroute.shared.metrics import PAGER_COUNTERS, LaneCounter, PagerCounter, add, count_duration
 from shmroute.shared.pool import Pool
 from shmroute.shared.ring import EMPTY, ring_has_work, ring_pop
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import (
     HUNGRY,
+    NO_LANE,
     NOBODY,
     PAGE_OUT,
     PREFETCH,
@@ -56,6 +58,7 @@ from shmroute.shared.words import (
     pack_failure,
     request_direction,
     request_expert,
+    request_lane,
     request_layer,
 )
 from shmroute.sources import ExpertSource
@@ -81,7 +84,7 @@ class Pager:
         self._layout = segment.layout
         self._num_experts = segment.config.num_experts
         self._bell = segment.address + HEADER_BELL
-        self._semaphore = Semaphore(segment.semaphore_name(None))
+        self._semaphore = self._open_semaphore(None)
         self._lane_semaphores: dict[int, Semaphore] = {}
         self._pool = Pool(segment)
         self._powers = power_table(segment.config.affinity.decay)
@@ -90,7 +93,9 @@ class Pager:
         self._prefetch = AffinityPrefetch(segment, self._powers)
         self._own_prefetches: dict[int, float] = {}
         self._evict_first: dict[int, None] = {}
+        self._asked_by: dict[int, int] = {}
         self._free: list[int] = []
+        self._evictions = 0
         self._failures: dict[int, int] = {}
         self._lane_watch: DeathWatch[int] = DeathWatch()
         self._requested = np.zeros(segment.config.num_layers * self._num_experts, np.int64)
@@ -100,20 +105,26 @@ class Pager:
 
     # ---------------------------------------------------------- the loop
 
-    def serve(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until `should_stop` says so, once a round; loads under way are finished."""
+    def serve(self, should_stop: Callable[[], bool], at_once: Callable[[], bool] = lambda: False) -> None:
+        """Serve until `should_stop` says so, once a round; then finish the loads under way, unless `at_once`."""
         while not should_stop():
             self._count(PagerCounter.TICKS)
+            wanted = self._awaited_keys()  # before the ring: what a waiter pushed before it waited counts first
             self._drain_ring()
             self._collect()
             if time.monotonic() >= self._next_sweep:
                 self._sweep()
-            hungry = self._dispatch()
+            hungry = self._dispatch(wanted)
             self._segment.write(self._layout.pager + PagerCounter.QUEUED * WORD, len(self._queue))
             self._sleep(hungry)
-        while self._loader.in_flight:
+        while self._loader.in_flight and not at_once():
             self._collect()
             time.sleep(0.001)
+
+    @property
+    def loading(self) -> bool:
+        """Whether I/O threads may be writing slots."""
+        return self._loader.in_flight > 0
 
     def wake(self) -> None:
         """End a sleep of the main thread; from any thread."""
@@ -183,6 +194,8 @@ class Pager:
                     self._evict_first[key] = None
             else:
                 self._enqueue(key, now)
+                if key in self._queue:
+                    self._asked_by.setdefault(key, request_lane(request))
 
     def _enqueue(self, key: int, now: float) -> bool:
         """Queue a requested expert at its word's priority, the one that counts; whether it was not queued before."""
@@ -198,14 +211,15 @@ class Pager:
 
     # ---------------------------------------------------------- loads
 
-    def _dispatch(self) -> bool:
-        """Start loads while there are threads for them; whether a demand found no slot."""
+    def _dispatch(self, wanted: npt.NDArray[np.int64]) -> bool:
+        """Start loads while there are threads for them, `wanted` keys first; whether a demand found no slot."""
         awaited = self._awaited_keys()
         while self._loader.idle > 0:
-            chosen = self._next_load(awaited)
+            chosen = self._next_load(wanted)
             if chosen is None:
                 return False
             key, priority = chosen
+            evictions = self._evictions
             slot = self._take_slot(key, priority, awaited)
             if slot is None:
                 if priority > PREFETCH:
@@ -218,13 +232,26 @@ class Pager:
                 self._free.append(slot)
                 continue
             self._eviction.owners[slot] = key
+            self._charge(key, self._evictions - evictions)
             layer, expert = divmod(key, self._num_experts)
             self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))
         return False
 
-    def _next_load(self, awaited: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+    def _charge(self, key: int, evictions: int) -> None:
+        """Count a load, and what was evicted for it, for the worker that asked for it."""
+        lane = self._asked_by.pop(key, NO_LANE)
+        if lane >= self._segment.config.max_workers:
+            waiting = np.flatnonzero(awaited_by_lane(self._segment) == key)
+            if not len(waiting):
+                return  # found by the sweep, or this pager's own idea
+            lane = int(waiting[0])
+        counters = self._segment.address + self._layout.lane(lane) + LANE_SHARD
+        add(counters + LaneCounter.LOADS * WORD, 1)
+        add(counters + LaneCounter.EVICTIONS * WORD, evictions)
+
+    def _next_load(self, wanted: npt.NDArray[np.int64]) -> tuple[int, int] | None:
         """What to load next: experts that workers wait for, then the queue."""
-        for key in awaited.tolist():
+        for key in wanted.tolist():
             if expert_state(self._word(key)) == REQUESTED:
                 return key, URGENT
         while (head := self._queue.peek()) is not None:
@@ -268,6 +295,7 @@ class Pager:
         if not evict(self._word_address(key), self._resident_row(layer), expert, slot):
             return None
         self._eviction.emptied(slot)
+        self._evictions += 1
         self._count(PagerCounter.EVICTIONS)
         return slot
 
@@ -318,20 +346,25 @@ class Pager:
         self._eviction.emptied(load.slot)
         self._free.append(load.slot)
         self._count(PagerCounter.FAILURES)
-        print(
-            f"shmroute pager: expert {load.expert} of layer {load.layer} failed to load from "
-            f"{self._source.location(load.layer, load.expert)}: {type(load.error).__name__}: {load.error}; "
-            f"demands are refused for {pause:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._report(load, pause)
+
+    def _report(self, load: Load, pause: float) -> None:
+        """Tell why a load failed, if there is still somebody to tell: no fault of a message may end the pager."""
+        with contextlib.suppress(Exception):
+            print(
+                f"shmroute pager: expert {load.expert} of layer {load.layer} failed to load from "
+                f"{self._source.location(load.layer, load.expert)}: {type(load.error).__name__}: {load.error}; "
+                f"demands are refused for {pause:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _wake_waiters(self, key: int) -> None:
         """Ring the bell of every lane that waits for an expert. (wait word / expert word)"""
         for lane in np.flatnonzero(awaited_by_lane(self._segment) == key).tolist():
             semaphore = self._lane_semaphores.get(lane)
             if semaphore is None:
-                semaphore = self._lane_semaphores[lane] = Semaphore(self._segment.semaphore_name(lane))
+                semaphore = self._lane_semaphores[lane] = self._open_semaphore(lane)
             ring(self._segment.address + self._layout.lane(lane) + LANE_BELL, semaphore)
 
     # ---------------------------------------------------------- sweep
@@ -384,6 +417,7 @@ class Pager:
         if cancel(self._word_address(key)):
             self._queue.remove(key)
             self._own_prefetches.pop(key, None)
+            self._asked_by.pop(key, None)
             self._count(PagerCounter.PREFETCHES_CANCELLED)
         else:
             self._queue.remove(key)
@@ -398,6 +432,13 @@ class Pager:
             if request_expert_word(self._word_address(key), failure, PREFETCH) == QUEUE:
                 self._own_prefetches[key] = score
                 self._queue.push(key, PREFETCH, now)
+
+    def _open_semaphore(self, lane: int | None) -> Semaphore:
+        """The semaphore of a lane's bell, or with None of the pager's own."""
+        semaphore = Semaphore(self._segment.semaphore_name(lane))
+        if self._segment.closing:  # whoever destroys may have unlinked it before it was made
+            unlink_semaphore(semaphore.name)
+        return semaphore
 
     # ---------------------------------------------------------- addresses and counters
 

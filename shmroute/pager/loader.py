@@ -6,6 +6,7 @@ the pager's lock at its death proves that nobody writes a slot any more.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -116,8 +117,9 @@ class Loader:
                 self._source.read_into(load.layer, load.expert, load.buffer)
                 load.checksum = checksum_word(load.buffer)
                 if self._drop_page_cache:
-                    self._source.drop_page_cache(load.layer, load.expert)
-            except Exception as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the pager
+                    with contextlib.suppress(OSError):  # advice that is not taken costs memory, not the load
+                        self._source.drop_page_cache(load.layer, load.expert)
+            except BaseException as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the thread
                 load.error = error
             load.ended_ns = time.monotonic_ns()
             self._done.append(load)

@@ -1,9 +1,10 @@
 """The pager as a process: taking the lock, serving until told otherwise, handing over, removing what nobody uses.
 
-What a pager does when it is told to stop (SIGTERM, SIGINT, its owner's death):
+What a pager does when it is told to stop (SIGTERM, SIGINT, SIGHUP unless ignored, its owner's death):
 
 - the segment is being destroyed: it finishes the loads under way and leaves;
 - a standby waits for its lock: likewise, and the standby takes over a warm cache;
+- another live process owns the segment: likewise, and the segment stays, without a pager;
 - otherwise it goes on serving until no worker is left, then removes the segment. A second signal makes it leave at
   once, and the segment stays for another pager to adopt.
 """
@@ -28,7 +29,7 @@ from shmroute.pager_lock import PagerLock
 from shmroute.shared.atomic import WORD
 from shmroute.shared.identity import DeathWatch, is_dead, own_identity, same_process
 from shmroute.shared.lanes import live_lanes
-from shmroute.shared.layout import HEADER_PAGER, HEADER_STANDBY
+from shmroute.shared.layout import HEADER_OWNER, HEADER_PAGER, HEADER_STANDBY
 from shmroute.shared.metrics import PagerCounter
 from shmroute.shared.segment import Segment, claim_destruction, unlink_segment
 from shmroute.shared.words import NOBODY, identity_pid
@@ -45,7 +46,7 @@ class Outcome(Enum):
     CLOSED = "the segment was destroyed"
     HANDED_OVER = "a standby takes over"
     REMOVED = "no worker was left; the segment was removed"
-    LEFT = "left at once; the segment stays for another pager"
+    LEFT = "left; the segment stays for another pager"
     NOT_NEEDED = "stopped while standing by"
 
 
@@ -59,13 +60,16 @@ class StopRequests:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequests]:
-        """Count SIGTERM and SIGINT for the length of a block."""
+        """Count SIGTERM, SIGINT, and SIGHUP unless it is ignored (nohup), for the length of a block."""
 
         def handle(number: int, frame: Any) -> None:
             self.signals += 1
             self.on_signal()
 
-        former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        former = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self
         finally:
@@ -81,6 +85,12 @@ def standby_alive(segment: Segment) -> bool:
 def pager_alive(segment: Segment) -> bool:
     """Whether the process that was last the pager is alive."""
     return not is_dead(segment.read(HEADER_PAGER))
+
+
+def owned_by_another(segment: Segment) -> bool:
+    """Whether a living process other than this one owns the segment, and will remove it."""
+    owner = segment.read(HEADER_OWNER)
+    return not same_process(owner, own_identity()) and not is_dead(owner)
 
 
 def run_pager(
@@ -109,21 +119,32 @@ def run_pager(
     CheckpointError, ConfigError
         If the source cannot be opened.
     """
+
+    def tell(message: str) -> None:
+        with contextlib.suppress(OSError):  # whoever listened may be gone
+            announce(message)
+
     with StopRequests().installed() as requests, PagerLock(segment) as lock:
-        if not _acquire(segment, lock, requests, standby, announce):
+        if not _acquire(segment, lock, requests, standby, tell):
             return Outcome.CLOSED if segment.closing else Outcome.NOT_NEEDED
         pager = Pager(segment, open_configured_source(segment.config))
         requests.on_signal = pager.interrupt
-        announce(f"serving {segment.name!r} (pid {os.getpid()})")
         watch: DeathWatch[str] = DeathWatch()
-        if owner != NOBODY:
-            watch.watch("owner", owner)
-        stop = _StopRule(segment, requests, watch, announce)
-        pager.serve(stop)
-        requests.on_signal = lambda: None
-        pager.close()
-        watch.close()
-        if stop.outcome is Outcome.REMOVED:
+        stop = _StopRule(segment, requests, watch, tell)
+        try:
+            tell(f"serving {segment.name!r} (pid {os.getpid()})")
+            if owner != NOBODY:
+                watch.watch("owner", owner)
+            pager.serve(stop, at_once=lambda: requests.signals > 1)
+        finally:
+            requests.on_signal = lambda: None
+            watch.close()
+            if pager.loading:
+                lock.leave_to_death()  # until then, threads may write slots
+            else:
+                pager.close()
+        # Not only what this pager claimed: whoever destroys may have died of it.
+        if stop.outcome in (Outcome.REMOVED, Outcome.CLOSED) and claim_destruction(segment):
             unlink_segment(segment)
         return stop.outcome
 
@@ -183,6 +204,10 @@ class _StopRule:
         if self._requests.signals and standby_alive(self._segment):
             self.outcome = Outcome.HANDED_OVER
             return True
+        if owned_by_another(self._segment):
+            self._announce("the owner lives on: leaving its segment to it")
+            self.outcome = Outcome.LEFT
+            return True
         workers = len(live_lanes(self._segment))
         if workers:
             if not self._draining:
@@ -214,6 +239,7 @@ def start_pager(segment: Segment, owner: int) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-m", "shmroute.pager", segment.name, "--uuid", segment.uuid, "--owner", str(owner)],
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # whoever reads the owner's output shall see its end when the owner ends
         start_new_session=True,  # Ctrl-C is for the owner, who then stops its pager
         env=environment,
     )
@@ -242,9 +268,16 @@ def _serves(segment: Segment, pid: int) -> bool:
     )
 
 
-def stop_pager(process: subprocess.Popen[bytes], timeout: float = 10.0) -> None:
-    """End a pager whose segment is closing; kill it if it does not end in time."""
+def stop_pager(process: subprocess.Popen[bytes], timeout: float = 2.0) -> None:
+    """End a pager whose segment is being destroyed: nobody needs what it would still load, so it may be killed.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds that it has to leave by itself.
+    """
     process.terminate()
+    process.send_signal(signal.SIGCONT)  # a stopped process would not see the other signal
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 from shmroute.shared.words import PREFETCH
 
+SLACK = 64
+"""Places of removed or upgraded loads that may stay in the heap."""
+
 
 @dataclass(frozen=True)
 class _Entry:
     priority: int
     queued_at: float
+    arrival: int
 
 
 class LoadQueue:
@@ -37,17 +41,20 @@ class LoadQueue:
         known = self._entries.get(key)
         if known is not None and known.priority >= priority:
             return False
-        self._entries[key] = _Entry(priority, now)
         self._arrivals += 1
+        self._entries[key] = _Entry(priority, now, self._arrivals)
         heapq.heappush(self._heap, (-priority, self._arrivals, key))
+        if len(self._heap) > 2 * len(self._entries) + SLACK:
+            self._heap = [(-entry.priority, entry.arrival, key) for key, entry in self._entries.items()]
+            heapq.heapify(self._heap)
         return known is not None
 
     def peek(self) -> tuple[int, int] | None:
         """The (key, priority) to load next."""
         while self._heap:
-            negative, _, key = self._heap[0]
+            _, arrival, key = self._heap[0]
             entry = self._entries.get(key)
-            if entry is not None and entry.priority == -negative:
+            if entry is not None and entry.arrival == arrival:
                 return key, entry.priority
             heapq.heappop(self._heap)  # removed or upgraded since
         return None

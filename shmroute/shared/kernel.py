@@ -26,6 +26,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.extending import register_jitable
 
+from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -76,7 +77,8 @@ class _StampedLocator(_CacheLocator):  # type: ignore[misc]
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> _StampedLocator:
         locator = cls(py_func, py_file)
-        locator.ensure_cache_path()
+        if not locator._directory.is_dir():  # one that is there may be read-only, and still serve
+            locator.ensure_cache_path()
         return locator
 
 
@@ -106,7 +108,6 @@ def kernel(signature: Any) -> Callable[[F], F]:
             return function
         # Without Numba's memory management a kernel cannot allocate, and taking an array argument costs no heap cell.
         dispatcher = numba.njit(nogil=True, _nrt=False)(function)
-        dispatcher._cache = _StampedCache(function)
         _entries.append((dispatcher, signature))
         return dispatcher  # type: ignore[no-any-return]
 
@@ -130,14 +131,26 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
     -------
     int
         Kernels that were compiled rather than found.
+
+    Raises
+    ------
+    KernelCacheError
+        If the directory for compiled kernels cannot be used.
     """
     compiled = 0
     for done, (dispatcher, signature) in enumerate(_entries):
         if dispatcher.signatures:
             continue
-        if progress is not None and not _is_cached(dispatcher):
-            progress(done, len(_entries), dispatcher.py_func.__name__)
-        dispatcher.compile(signature)
+        try:
+            dispatcher._cache = _StampedCache(dispatcher.py_func)
+            if progress is not None and not _is_cached(dispatcher):
+                progress(done, len(_entries), dispatcher.py_func.__name__)
+            dispatcher.compile(signature)
+        except OSError as error:
+            raise KernelCacheError(
+                f"compiled kernels cannot be kept in {cache_directory()} ({error.strerror}): make it a directory that "
+                f"this user may write to, or set SHMROUTE_CACHE_DIR to one"
+            ) from error
         compiled += sum(dispatcher.stats.cache_misses.values())
         # From here an argument of another type is an error at once, never a silent compilation of seconds.
         dispatcher.disable_compile()

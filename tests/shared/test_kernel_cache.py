@@ -83,3 +83,13 @@ def test_the_cache_is_named_by_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("SHMROUTE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_directory() == tmp_path / "xdg" / "shmroute" / "kernels" / STAMP
+
+
+def test_a_cache_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("a file in the way")
+    code = "import shmroute; shmroute.attach('absent')"
+    environment = os.environ | {"SHMROUTE_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"KernelCacheError: compiled kernels cannot be kept in {tmp_path}" in done.stderr
+    assert "SHMROUTE_CACHE_DIR" in done.stderr
