@@ -4,8 +4,10 @@ See `create` and `attach`; the README has a running example.
 """
 
 from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.lifecycle import attach, create, destroy
+from shmroute.metrics import RuntimeMetrics
 from shmroute.routing import MemoryAwareRouter, RoutingDecision
-from shmroute.runtime import Runtime, RuntimeMetrics, attach, create, destroy
+from shmroute.runtime import Runtime
 from shmroute.shared.affinity import ExpertAffinity
 from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
 

@@ -5,64 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from shmroute.budget import slot_bytes_of, slots_of_budget
 from shmroute.errors import CheckpointError, ConfigError
 from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
-
-PAGE = 4096
-"""Slots are aligned to this many bytes, and so is the pool."""
-
-UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-
-NUMBER = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*"
-"""How a budget's number is written."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError` with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise `ConfigError` unless `value` is an int (not a bool) in [low, high]."""
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-        f"{name} must be an integer from {low} to {high}, not {value!r}",
-    )
-
-
-def require_float(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    """Raise `ConfigError` unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    require(
-        number and (low < value if above else low <= value) and value <= high,  # type: ignore[operator]
-        f"{name} must be a number in {'(' if above else '['}{low:g}, {high:g}], not {value!r}",
-    )
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as ``"5MiB"``, ``"2 GB"`` or ``"4096"``.
-
-    Raises
-    ------
-    ConfigError
-        If it is no size.
-    """
-    match = re.fullmatch(rf"{NUMBER}([A-Za-z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB")
-    return int(Fraction(match[1]) * UNITS[match[2].lower()])
+from shmroute.validation import require, require_float, require_int
 
 
 @dataclass(frozen=True)
@@ -230,7 +181,7 @@ class RuntimeConfig:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot: an expert, rounded up to whole pages."""
-        return -(-self.expert_bytes // PAGE) * PAGE
+        return slot_bytes_of(self.expert_bytes)
 
     @property
     def budget_bytes(self) -> int:
@@ -278,29 +229,7 @@ class RuntimeConfig:
         ConfigError
             If the budget is no size, or holds no expert.
         """
-        source = open_source(checkpoint)
-        try:
-            geometry, spec = source.geometry, source.spec
-        finally:
-            if source is not checkpoint:
-                source.close()
-        return cls.from_geometry(
-            geometry, spec, budget, router=router, affinity=affinity, pager=pager, max_workers=max_workers
-        )
-
-    @classmethod
-    def from_geometry(
-        cls,
-        geometry: ExpertGeometry,
-        spec: SourceSpec,
-        budget: str | int,
-        *,
-        router: RouterConfig | None = None,
-        affinity: AffinityConfig | None = None,
-        pager: PagerConfig | None = None,
-        max_workers: int = 32,
-    ) -> RuntimeConfig:
-        """`from_checkpoint`, for a source that is already open."""
+        geometry, spec = describe(checkpoint)
         return cls(
             num_layers=geometry.num_layers,
             num_experts=geometry.num_experts,
@@ -351,43 +280,14 @@ class RuntimeConfig:
             raise ConfigError(f"not a runtime's settings: {error!r}") from error
 
 
-def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
-    """How many slots a budget pays for, at most one for each expert.
-
-    Parameters
-    ----------
-    budget : str or int
-        ``"50%"`` of the experts, a size such as ``"2GiB"``, or bytes.
-    experts : int
-        Experts in all layers together.
-    expert_bytes : int
-
-    Raises
-    ------
-    ConfigError
-        If it is no budget, or under one slot.
-    """
-    slot_bytes = -(-expert_bytes // PAGE) * PAGE
-    if isinstance(budget, str) and budget.strip().endswith("%"):
-        match = re.fullmatch(rf"{NUMBER}%\s*", budget)
-        if match is None:
-            raise ConfigError(f"{budget!r} is no share: write a number and %, such as '50%'")
-        share = Fraction(match[1]) / 100  # exact: as floats, 29% of 100 are 28
-        require(0 < share <= 1, f"a budget's share must be above 0% and at most 100%, not {budget!r}")
-        slots = int(experts * share)
-    else:
-        size = parse_bytes(budget) if isinstance(budget, str) else budget
-        require(
-            isinstance(size, int) and not isinstance(size, bool),
-            f"a budget is bytes (int), a size ('2GiB') or a share ('50%'), not {budget!r}",
-        )
-        slots = min(size // slot_bytes, experts)
-    require(
-        slots >= 1,
-        f"a budget of {budget!r} holds no expert: one slot takes {slot_bytes} bytes; "
-        f"the {experts} experts take {experts * slot_bytes} bytes in all",
-    )
-    return slots
+def describe(checkpoint: str | Path | ExpertSource) -> tuple[ExpertGeometry, SourceSpec]:
+    """What a checkpoint's experts are, and how another process opens it; a source that is given stays open."""
+    source = open_source(checkpoint)
+    try:
+        return source.geometry, source.spec
+    finally:
+        if source is not checkpoint:
+            source.close()
 
 
 def open_configured_source(config: RuntimeConfig) -> ExpertSource:

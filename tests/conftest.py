@@ -13,7 +13,8 @@ from runtimes import TEST_PREFIX, Memory, small_config, unique_name
 
 import shmroute.shared.segment
 from shmroute.config import RuntimeConfig
-from shmroute.runtime import Runtime, create
+from shmroute.lifecycle import create
+from shmroute.runtime import Runtime
 from shmroute.shared.segment import PREFIX, SHM
 
 hypothesis.settings.register_profile("shared machine", deadline=None)

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmroute.config import (
-    AffinityConfig,
-    PagerConfig,
-    RouterConfig,
-    RuntimeConfig,
-    open_configured_source,
-    parse_bytes,
-    slots_of_budget,
-)
+from shmroute.budget import parse_bytes, slots_of_budget
+from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig, open_configured_source
 from shmroute.errors import ConfigError
 from shmroute.sources import SourceSpec, TensorLayout
 

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from shmroute import runtime
+from shmroute import lifecycle
 from shmroute.cli.inspection import ABANDONED, CLOSING, FOREIGN, UNREADABLE, look_at
 from shmroute.cli.output import note
 from shmroute.errors import SegmentExistsError, SegmentForeignError, SegmentPermissionError
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.layout import HEADER_CONFIG, HEADER_MAGIC, HEADER_UUID, MAGIC
-from shmroute.shared.segment import checked_name, orphans, segment_path
+from shmroute.shared.removal import orphans
+from shmroute.shared.segment import checked_name, segment_path
 
 
 def destroy(
@@ -44,7 +45,7 @@ def destroy(
 
 
 def _destroy(name: str, force: bool) -> None:
-    load_kernels(runtime.report_compilation)
+    load_kernels(lifecycle.report_compilation)
     found = look_at(name)
     if found is not None and found.state in (FOREIGN, UNREADABLE):
         _remove_unreadable(name, force, found.reason or found.state)
@@ -56,7 +57,7 @@ def _destroy(name: str, force: bool) -> None:
         if not sys.stdin.isatty():
             raise SegmentExistsError(f"{name!r} is in use by {users}; add --force to remove it nevertheless")
         typer.confirm(f"{name!r} is in use by {users}. Remove it nevertheless?", abort=True)
-    runtime.destroy(name)
+    lifecycle.destroy(name)
     note(f"removed the segment {name!r}")
 
 

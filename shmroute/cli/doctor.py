@@ -15,9 +15,10 @@ from shmroute.cli.inspection import ABANDONED, FOREIGN, UNREADABLE, survey
 from shmroute.cli.output import console, human_bytes
 from shmroute.cli.self_check import check_atomics, check_cache, check_kernels
 from shmroute.errors import KernelCacheError
-from shmroute.runtime import reclaim, report_compilation
+from shmroute.lifecycle import reclaim, report_compilation
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.segment import PREFIX, SHM, orphans
+from shmroute.shared.removal import orphans
+from shmroute.shared.segment import PREFIX, SHM
 
 STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 

@@ -10,7 +10,8 @@ from shmroute.errors import ConfigError, SegmentError, SegmentForeignError, Segm
 from shmroute.shared.identity import is_dead, is_stopped
 from shmroute.shared.lanes import lane_identities
 from shmroute.shared.layout import HEADER_OWNER, HEADER_PAGER, HEADER_STANDBY, HEADER_STATE
-from shmroute.shared.segment import PREFIX, SHM, Segment, attach_segment, segment_names
+from shmroute.shared.removal import segment_names
+from shmroute.shared.segment import PREFIX, SHM, Segment, attach_segment
 from shmroute.shared.words import NOBODY, identity_pid, identity_state
 
 LIVE = "live"

@@ -11,9 +11,10 @@ from rich.text import Text
 
 from shmroute.cli.inspection import ABANDONED, CLOSING, FOREIGN, LIVE, NO_PAGER, UNREADABLE, Found, survey
 from shmroute.cli.output import console, human_bytes
-from shmroute.runtime import report_compilation
+from shmroute.lifecycle import report_compilation
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.segment import SHM, orphans
+from shmroute.shared.removal import orphans
+from shmroute.shared.segment import SHM
 
 STYLES = {LIVE: "green", NO_PAGER: "yellow", ABANDONED: "red", CLOSING: "yellow", FOREIGN: "dim", UNREADABLE: "red"}
 

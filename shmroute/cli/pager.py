@@ -13,17 +13,11 @@ from shmroute.cli.inspection import Users
 from shmroute.cli.output import human_bytes, note
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
+from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.process import run_pager
-from shmroute.runtime import create_or_reclaim, reclaim, report_compilation
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.segment import (
-    Segment,
-    attach_segment,
-    checked_name,
-    claim_destruction,
-    unlink_segment,
-    wait_until_gone,
-)
+from shmroute.shared.removal import claim_destruction, unlink_segment, wait_until_gone
+from shmroute.shared.segment import Segment, attach_segment, checked_name
 
 ATTEMPTS = 10
 REMOVAL_TIMEOUT = 10.0

@@ -19,10 +19,12 @@ from typer.core import TyperCommand
 
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import console, human_bytes, human_duration, human_share, note
-from shmroute.runtime import is_published, read_metrics, report_compilation
+from shmroute.lifecycle import report_compilation
+from shmroute.metrics import read_metrics
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.layout import LANE_CURSOR, LANE_WAIT, LINE, SLOT_HEADER_BYTES
 from shmroute.shared.metrics import snapshot_words
+from shmroute.shared.removal import is_published
 from shmroute.shared.segment import BONUS_ONE, Segment, attach_segment
 from shmroute.shared.words import (
     FAILED,

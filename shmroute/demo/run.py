@@ -21,7 +21,7 @@ from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.demo.recording import Recording
 from shmroute.demo.reference import dense_reference
 from shmroute.errors import ShmrouteError
-from shmroute.runtime import RuntimeMetrics
+from shmroute.metrics import RuntimeMetrics
 
 TOLERANCE = 1e-3
 """Largest absolute error that a run without bonus may have."""

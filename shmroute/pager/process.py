@@ -31,7 +31,8 @@ from shmroute.shared.identity import DeathWatch, is_dead, own_identity, same_pro
 from shmroute.shared.lanes import live_lanes
 from shmroute.shared.layout import HEADER_OWNER, HEADER_PAGER, HEADER_STANDBY
 from shmroute.shared.metrics import PagerCounter
-from shmroute.shared.segment import Segment, claim_destruction, unlink_segment
+from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.segment import Segment
 from shmroute.shared.words import NOBODY, identity_pid
 
 STANDBY_POLL = 0.05

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.attachment import Attachment
-from shmroute.config import require_float
 from shmroute.errors import NonFiniteLogitsError
 from shmroute.routing import plan as p
 from shmroute.routing.plan import Plan
@@ -21,6 +20,7 @@ from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import LINE
 from shmroute.shared.requests import PagingRequest
 from shmroute.shared.segment import BONUS_ONE
+from shmroute.validation import require_float
 
 _routers: weakref.WeakSet[MemoryAwareRouter] = weakref.WeakSet()
 

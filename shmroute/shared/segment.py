@@ -1,4 +1,4 @@
-"""A segment: one file in ``/dev/shm`` that holds the control part and the weight pool, from creation to removal.
+"""A segment: one file in ``/dev/shm`` that holds the control part and the weight pool.
 
 *Creation* is one act. The file is made without a name (``O_TMPFILE``), reserved, filled in whole, and then given its
 name by ``linkat``. Nobody ever sees a half-made segment, and a creator that dies earlier leaves nothing. Of several
@@ -7,22 +7,17 @@ creators of one name, one link succeeds.
 *Attaching* checks everything before it is used, each failure an error of its own, and maps the very file that it
 checked.
 
-*Removal* is a CAS of the state word to DESTROYING(identity). Only the winner unlinks, or whoever takes over from a
-dead winner by the same CAS. What goes with a segment (semaphores, lock file) carries its uuid, so a successor of the
-same name shares nothing with it. The segment's own file goes last: as long as it is there, a death in between can be
-finished by the next who finds it.
+How one is removed: `shmroute.shared.removal`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import re
 import stat
-import time
 import uuid as uuid_module
 import warnings
 from dataclasses import dataclass
@@ -45,9 +40,8 @@ from shmroute.errors import (
     SharedMemoryFullError,
 )
 from shmroute.shared.atomic import WORD, forget_views
-from shmroute.shared.bell import unlink_semaphore
 from shmroute.shared.experts import read_word, swap_word, write_word
-from shmroute.shared.identity import is_dead, own_identity, same_process
+from shmroute.shared.identity import own_identity
 from shmroute.shared.layout import (
     ABI,
     CONSTANTS,
@@ -132,7 +126,7 @@ class _Mapping(SharedMemory):
         raise TypeError("a segment cannot be pickled: attach to it by name in the other process")
 
     def unlink(self) -> None:
-        raise TypeError("a mapping does not unlink: see destroy_segment")
+        raise TypeError("a mapping does not unlink: see shmroute.shared.removal")
 
     def close(self) -> None:
         """Unmap, or leave the mapping to the views that still use it."""
@@ -416,87 +410,4 @@ def _read_header(path: Path, fd: int, size: int, *, closing: bool) -> tuple[Runt
     return config, layout, header[HEADER_UUID : HEADER_UUID + 16].hex()
 
 
-# ------------------------------------------------------------------ destroy
-
-
-def claim_destruction(segment: Segment) -> bool:
-    """Become the one who removes a segment: False if a live process is at it already.
-
-    Linearization point: the CAS of the state word. From it on nobody attaches, and waiters give up.
-    """
-    me = own_identity(DESTROYING)
-    while True:
-        word = segment.read(HEADER_STATE)
-        if identity_state(word) == DESTROYING:
-            if same_process(word, me):
-                return True
-            if not is_dead(word):
-                return False
-        if segment.swap(HEADER_STATE, word, me):
-            return True
-
-
-def unlink_segment(segment: Segment) -> None:
-    """Remove the files of a segment whose destruction this process has claimed; its own file last."""
-    for lane in (None, *range(segment.config.max_workers)):
-        unlink_semaphore(segment.semaphore_name(lane))
-    segment.lock_path.unlink(missing_ok=True)
-    path = segment_path(segment.name)
-    with contextlib.suppress(FileNotFoundError):
-        status = path.stat()
-        # The name may stand for a successor by now; nobody but the claimant unlinks this inode, so this is no race.
-        if (status.st_dev, status.st_ino) == segment.inode:
-            path.unlink()
-
-
 # ------------------------------------------------------------------ what is there
-
-
-def segment_names() -> list[str]:
-    """Names of all files that claim to be segments."""
-    names = (path.name.removeprefix(PREFIX) for path in SHM.glob(f"{PREFIX}*"))
-    return sorted(name for name in names if NAME_PATTERN.fullmatch(name))
-
-
-_COMPANION = re.compile(r"(?:sem\.)?shmroute-([0-9a-f]{32})(?:\.lock|-pager|-lane\d+)")
-
-
-def orphans() -> list[Path]:
-    """Lock files and semaphores in ``/dev/shm`` that belong to no segment.
-
-    They are listed before the segments are, so what goes with a segment that is being published is never taken for
-    an orphan.
-    """
-    companions = [(path, match[1]) for path in SHM.iterdir() if (match := _COMPANION.fullmatch(path.name))]
-    alive = set()
-    for name in segment_names():
-        with contextlib.suppress(OSError):
-            alive.add(_uuid_of(segment_path(name)))
-    return sorted(path for path, uuid in companions if uuid not in alive and _is_own(path))
-
-
-def _uuid_of(path: Path) -> str:
-    """What a segment's header says its uuid is; nothing is checked."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO
-    try:
-        return os.pread(fd, 16, HEADER_UUID).hex()
-    finally:
-        os.close(fd)
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a file is there and belongs to this user."""
-    try:
-        return path.stat().st_uid == os.geteuid()
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(name: str, timeout: float) -> bool:
-    """Wait until no file of that name is there; whether it went."""
-    deadline = time.monotonic() + timeout
-    while segment_path(name).exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True

@@ -20,14 +20,8 @@ from shmroute.cli import app
 from shmroute.config import RuntimeConfig
 from shmroute.errors import SegmentError
 from shmroute.shared.kernel import cache_directory, load_kernels
-from shmroute.shared.segment import (
-    Segment,
-    attach_segment,
-    claim_destruction,
-    create_segment,
-    segment_path,
-    unlink_segment,
-)
+from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.segment import Segment, attach_segment, create_segment, segment_path
 
 
 @pytest.fixture(scope="session")

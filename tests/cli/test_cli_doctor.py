@@ -15,7 +15,8 @@ from cli_programs import companions
 from shmroute.cli import checks, self_check
 from shmroute.cli.checks import check_remove_ipc, removes_ipc
 from shmroute.shared.kernel import STAMP
-from shmroute.shared.segment import orphans, segment_path
+from shmroute.shared.removal import orphans
+from shmroute.shared.segment import segment_path
 
 # The package's attribute of that name is the command, not its module.
 doctor = importlib.import_module("shmroute.cli.doctor")

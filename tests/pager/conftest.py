@@ -10,7 +10,8 @@ import pytest
 
 from shmroute.config import PagerConfig, RuntimeConfig
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.segment import Segment, claim_destruction, create_segment, unlink_segment
+from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.segment import Segment, create_segment
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ def test_an_owner_that_dies_while_it_destroys_is_finished_for(world: World) -> N
     pager = world.pager()
     claim = (
         "import sys, os, signal; from shmroute.shared.kernel import load_kernels; load_kernels()\n"
-        "from shmroute.shared.segment import attach_segment, claim_destruction\n"
+        "from shmroute.shared.removal import claim_destruction\n"
+        "from shmroute.shared.segment import attach_segment\n"
         "assert claim_destruction(attach_segment(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", claim, world.name], timeout=PATIENCE, check=False)

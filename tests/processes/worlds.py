@@ -22,8 +22,9 @@ import xxhash
 
 import shmroute
 from shmroute import PagerConfig, Runtime, RuntimeConfig
+from shmroute.budget import slot_bytes_of
+from shmroute.metrics import read_metrics
 from shmroute.pager.awaited import awaited_by_lane
-from shmroute.runtime import read_metrics
 from shmroute.shared.atomic import WORD
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.segment import Segment, attach_segment
@@ -211,11 +212,10 @@ class World:
 
     def config(self, slots: int = 4, max_workers: int = 8, **pager: Any) -> RuntimeConfig:
         """Settings; `pager` are fields of `PagerConfig`, without prefetches by default."""
-        slot_bytes = -(-self.geometry.expert_bytes // 4096) * 4096
         settings = PagerConfig(**({"prefetch": 0, "tick": 0.1} | pager))
-        return RuntimeConfig.from_geometry(
-            self.geometry, self.spec, slots * slot_bytes, pager=settings, max_workers=max_workers
-        )
+        budget = slots * slot_bytes_of(self.geometry.expert_bytes)
+        with contextlib.closing(self.spec.open()) as source:
+            return RuntimeConfig.from_checkpoint(source, budget, pager=settings, max_workers=max_workers)
 
     def create(self, *, pager: bool = True, slots: int = 4, max_workers: int = 8, **settings: Any) -> Runtime:
         """Make the segment, owned by the test itself."""

@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from runtimes import Metrics, Residency, clock_of, everything_recorded, logits_choosing, small_config, unique_name
 
 from shmroute.config import RouterConfig
-from shmroute.runtime import Runtime, create
+from shmroute.lifecycle import create
+from shmroute.runtime import Runtime
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.requests import PagingDirection, PagingPriority
 from shmroute.shared.ring import EMPTY, ring_pop

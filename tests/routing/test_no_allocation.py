@@ -12,7 +12,7 @@ import gc, sys, tracemalloc
 import numpy as np
 from numba.core.runtime import rtsys
 from runtimes import small_config, unique_name, Residency
-from shmroute.runtime import create
+from shmroute import create
 
 with create(unique_name(), small_config(num_experts=64, top_k=4), progress=None) as runtime:
     Residency(runtime).load(0, 1, 2)

@@ -8,7 +8,7 @@ import pytest
 from runtimes import REPOSITORY, Residency, small_config, unique_name
 
 from shmroute.config import RouterConfig
-from shmroute.runtime import create
+from shmroute.lifecycle import create
 
 TOKENS, SLOTS, EXPERTS, TOP_K = 1000, 4, 8, 2
 

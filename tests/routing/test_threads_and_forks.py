@@ -12,8 +12,9 @@ import pytest
 from runtimes import clock_of, small_config
 
 from shmroute.errors import NonFiniteLogitsError, RuntimeClosedError, SegmentExistsError
+from shmroute.lifecycle import attach, create
 from shmroute.routing.route import route_batch, route_token
-from shmroute.runtime import Runtime, attach, create
+from shmroute.runtime import Runtime
 from shmroute.shared.atomic import COMPILED
 
 LOGITS = np.random.default_rng(2).normal(size=(64, 8)).astype(np.float32)

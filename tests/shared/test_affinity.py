@@ -19,7 +19,8 @@ from numba import types
 from runtimes import Memory, clock_of, logits_choosing, small_config, start_clock, unique_name
 
 from shmroute.config import AffinityConfig
-from shmroute.runtime import Runtime, create
+from shmroute.lifecycle import create
+from shmroute.runtime import Runtime
 from shmroute.shared.affinity import activate, decay_power, power_table, score_of
 from shmroute.shared.atomic import WORD, load, store
 from shmroute.shared.words import LOW32, SCORE_ONE, high32, pack_affinity
@@ -283,9 +284,9 @@ def test_threads_lose_no_activation_and_no_tick(make_runtime: Callable[..., Runt
 WORKER = """
 import sys
 import numpy as np
-import shmroute.runtime
+import shmroute
 source = np.random.default_rng(int(sys.argv[2]))
-with shmroute.runtime.attach(sys.argv[1], progress=None) as runtime:
+with shmroute.attach(sys.argv[1], progress=None) as runtime:
     router = runtime.router(0)
     print("ready", flush=True)
     sys.stdin.readline()

@@ -13,7 +13,8 @@ import pytest
 from runtimes import Residency, run_python
 
 from shmroute.errors import NoWorkerLane
-from shmroute.runtime import Runtime, attach
+from shmroute.lifecycle import attach
+from shmroute.runtime import Runtime
 from shmroute.shared.atomic import WORD, load, store
 from shmroute.shared.experts import lease
 from shmroute.shared.identity import own_identity
@@ -70,8 +71,8 @@ def test_generations_wrap(memory: Callable[[int], int]) -> None:
 
 DIES_HOLDING_A_LEASE = """
 import os, signal, sys
-import shmroute.runtime
-runtime = shmroute.runtime.attach(sys.argv[1], progress=None)
+import shmroute
+runtime = shmroute.attach(sys.argv[1], progress=None)
 lane = runtime._attachment.lane()
 segment = runtime._attachment.segment
 from shmroute.shared.experts import lease
@@ -118,7 +119,7 @@ def test_who_finds_no_lane_takes_that_of_a_dead_worker(make_runtime: Callable[..
 
 def test_who_finds_all_lanes_taken_by_the_living_is_told_so(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime(max_workers=1)
-    program = "import sys, shmroute.runtime as r; t = r.attach(sys.argv[1]); t.router(0); print(flush=True); input()"
+    program = "import sys, shmroute as r; t = r.attach(sys.argv[1]); t.router(0); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program, runtime.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
@@ -143,8 +144,8 @@ def test_a_process_frees_the_lane_that_it_left_before_execv(make_runtime: Callab
     runtime = make_runtime(max_workers=1)
     program = """
 import os, sys
-import shmroute.runtime
-runtime = shmroute.runtime.attach(sys.argv[1])
+import shmroute
+runtime = shmroute.attach(sys.argv[1])
 runtime.router(0)
 if len(sys.argv) == 2:
     os.execv(sys.executable, [sys.executable, "-c", os.environ["PROGRAM"], sys.argv[1], "again"])
@@ -170,8 +171,8 @@ def test_the_second_worker_of_a_lane_starts_at_zero_and_the_total_keeps_all(
     program = """
 import sys
 import numpy as np
-import shmroute.runtime
-with shmroute.runtime.attach(sys.argv[1]) as runtime:
+import shmroute
+with shmroute.attach(sys.argv[1]) as runtime:
     for _ in range(5):
         runtime.router(0).route(np.arange(8, dtype=np.float32))
     print(runtime.metrics().workers[0].counters["tokens"])

@@ -33,23 +33,21 @@ from shmroute.errors import (
     SegmentVersionError,
     SharedMemoryFullError,
 )
-from shmroute.runtime import Runtime, attach, create, destroy
+from shmroute.lifecycle import attach, create, destroy
+from shmroute.runtime import Runtime
 from shmroute.shared import layout as at
 from shmroute.shared.atomic import WORD
 from shmroute.shared.identity import own_identity, process_stat
 from shmroute.shared.pool import Pool
+from shmroute.shared.removal import claim_destruction, orphans, segment_names, unlink_segment
 from shmroute.shared.segment import (
     MAX_CONFIG_BYTES,
     SHM,
     Segment,
     attach_segment,
-    claim_destruction,
     create_segment,
-    orphans,
     pid_namespace,
-    segment_names,
     segment_path,
-    unlink_segment,
 )
 from shmroute.shared.words import DESTROYING, LIVE, identity_pid, identity_start, pack_identity
 
@@ -169,7 +167,7 @@ create_segment(sys.argv[1], RuntimeConfig(1, 8, 2, 4096, 4))
 
 
 def test_a_name_can_be_used_again_when_everybody_is_dead(name: str) -> None:
-    program = "import os, sys, shmroute.runtime as r; from runtimes import small_config;"
+    program = "import os, sys, shmroute as r; from runtimes import small_config;"
     program += "r.create(sys.argv[1], small_config()).router(0); os._exit(0)"
     run_python(program, name, PYTHONPATH=str(Path(__file__).parent.parent))
     left = attach_segment(name)
@@ -520,8 +518,8 @@ def test_a_process_that_attached_and_ended_unlinks_nothing(make_runtime: Callabl
     program = """
 import sys
 import numpy as np
-import shmroute.runtime
-runtime = shmroute.runtime.attach(sys.argv[1])
+import shmroute
+runtime = shmroute.attach(sys.argv[1])
 print(runtime.router(0).route(np.arange(8, dtype=np.float32)).experts.tolist())
 """
     ended = run_python(program, runtime.name)
