@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ import shmroute
 from shmroute import PagerConfig, Runtime, RuntimeConfig
 from shmroute.budget import slot_bytes_of
 from shmroute.metrics import read_metrics
-from shmroute.pager.awaited import awaited_by_lane
+from shmroute.pager.waiters import awaited_by_lane
 from shmroute.shared.atomic import WORD
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.segment import Segment, attach_segment
@@ -214,8 +215,8 @@ class World:
         """Settings; `pager` are fields of `PagerConfig`, without prefetches by default."""
         settings = PagerConfig(**({"prefetch": 0, "tick": 0.1} | pager))
         budget = slots * slot_bytes_of(self.geometry.expert_bytes)
-        with contextlib.closing(self.spec.open()) as source:
-            return RuntimeConfig.from_checkpoint(source, budget, pager=settings, max_workers=max_workers)
+        config = RuntimeConfig.from_checkpoint(self.source, budget, pager=settings, max_workers=max_workers)
+        return dataclasses.replace(config, source=self.spec)
 
     def create(self, *, pager: bool = True, slots: int = 4, max_workers: int = 8, **settings: Any) -> Runtime:
         """Make the segment, owned by the test itself."""

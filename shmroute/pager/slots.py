@@ -1,0 +1,109 @@
+"""The slots as the pager hands them to loads: free ones first, then those that an eviction empties."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.pager.eviction import Eviction
+from shmroute.pager.table import ExpertTable
+from shmroute.shared.experts import evict
+from shmroute.shared.segment import Segment
+from shmroute.shared.words import RESIDENT, expert_slot, expert_state
+
+
+class Slots:
+    """Which slots are free, and how others become so.
+
+    The expert words are the truth about slots; this is the pager's own account of them, which `adopt` makes anew.
+
+    Parameters
+    ----------
+    segment : Segment
+    table : ExpertTable
+    powers : ndarray
+        The affinity's power table.
+
+    Attributes
+    ----------
+    evictions, page_outs : int
+        So far; the latter are those that somebody asked for.
+    """
+
+    def __init__(self, segment: Segment, table: ExpertTable, powers: npt.NDArray[np.float64]) -> None:
+        self._table = table
+        self._eviction = Eviction(segment, powers)
+        self._free: list[int] = []
+        self._evict_first: dict[int, None] = {}
+        self.evictions = 0
+        self.page_outs = 0
+
+    def adopt(self) -> list[int]:
+        """Take the table for the truth, as it was found: every slot that no word names is free; the requested keys."""
+        requested = self._table.scan(self._eviction.owners)
+        self._free = np.flatnonzero(self._eviction.owners < 0)[::-1].tolist()
+        return requested
+
+    def scan(self) -> list[int]:
+        """Read the table once more; the requested keys."""
+        return self._table.scan(self._eviction.owners)
+
+    def evict_first(self, key: int) -> None:
+        """Take a hint that a resident expert will not be missed."""
+        if expert_state(self._table.word(key)) == RESIDENT:
+            self._evict_first[key] = None
+
+    def take(self, awaited: npt.NDArray[np.int64], worth: float | None = None) -> int | None:
+        """A slot for a load, or None if there is none to be had.
+
+        Parameters
+        ----------
+        awaited : ndarray
+            int64 keys that workers wait for; they are not evicted.
+        worth : float, optional
+            Evict only an expert of lower affinity than this.
+        """
+        if self._free:
+            return self._free.pop()
+        for key in list(self._evict_first):
+            del self._evict_first[key]
+            if key not in awaited and (slot := self._evict(key)) is not None:
+                self.page_outs += 1
+                return slot
+        while (found := self._eviction.victim(awaited)) is not None:
+            slot, score = found
+            if worth is not None and worth <= score:
+                return None
+            if self._evict(int(self._eviction.owners[slot])) is not None:
+                return slot
+        return None
+
+    def can_evict(self, awaited: npt.NDArray[np.int64]) -> bool:
+        """Whether an eviction would find a slot now."""
+        return self._eviction.victim(awaited) is not None
+
+    def loading(self, slot: int, key: int) -> None:
+        """Note that a slot is being filled."""
+        self._eviction.owners[slot] = key
+
+    def loaded(self, slot: int, key: int) -> None:
+        """Note that a slot has a new expert."""
+        self._eviction.loaded(slot, key)
+
+    def give_back(self, slot: int) -> None:
+        """Note that a slot holds nothing after all."""
+        self._eviction.emptied(slot)
+        self._free.append(slot)
+
+    def _evict(self, key: int) -> int | None:
+        """Evict an expert: its slot, or None if it is leased or not resident."""
+        word = self._table.word(key)
+        slot = expert_slot(word)
+        layer, expert = self._table.split(key)
+        if expert_state(word) != RESIDENT:
+            return None
+        if not evict(self._table.address(key), self._table.resident_row(layer), expert, slot):
+            return None
+        self._eviction.emptied(slot)
+        self.evictions += 1
+        return slot

@@ -1,0 +1,79 @@
+"""What workers wait for right now, from their wait words, and how they are woken."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+from shmroute.shared.atomic import i64_array, load
+from shmroute.shared.bell import Semaphore, ring, unlink_semaphore
+from shmroute.shared.kernel import kernel
+from shmroute.shared.layout import LANE_BELL, LANE_WAIT
+from shmroute.shared.segment import Segment
+from shmroute.shared.words import EXPERT_BITS, LAYER_SHIFT
+
+
+@kernel(types.void(types.int64, types.int64, types.int64, types.int64))
+def read_wait_words(lanes: int, lane_bytes: int, count: int, out: int) -> None:
+    """Copy every lane's wait word to int64 [count] at `out`."""
+    waits = i64_array(out, count)
+    for lane in range(count):
+        waits[lane] = load(lanes + lane * lane_bytes + LANE_WAIT)
+
+
+def awaited_by_lane(segment: Segment) -> npt.NDArray[np.int64]:
+    """int64 [max_workers]: the key ``layer * num_experts + expert`` that each lane waits for, -1 for none.
+
+    A word that names no possible expert (a buggy peer) counts as none.
+    """
+    config, layout = segment.config, segment.layout
+    waits = np.empty(config.max_workers, np.int64)
+    read_wait_words(segment.address + layout.lanes, layout.lane_bytes, config.max_workers, waits.ctypes.data)
+    named = waits - 1
+    layer, expert = named >> LAYER_SHIFT, named & ((1 << EXPERT_BITS) - 1)
+    possible = (waits > 0) & (layer < config.num_layers) & (expert < config.num_experts)
+    return np.where(possible, layer * config.num_experts + expert, -1)
+
+
+class Waiters:
+    """The workers that wait for experts.
+
+    Parameters
+    ----------
+    segment : Segment
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._semaphores: dict[int, Semaphore] = {}
+
+    def keys(self) -> npt.NDArray[np.int64]:
+        """int64 of the keys that are waited for."""
+        keys = awaited_by_lane(self._segment)
+        return keys[keys >= 0]
+
+    def lanes(self, key: int) -> list[int]:
+        """The lanes that wait for an expert."""
+        found: list[int] = np.flatnonzero(awaited_by_lane(self._segment) == key).tolist()
+        return found
+
+    def wake(self, key: int) -> None:
+        """Ring the bell of every lane that waits for an expert. (wait word / expert word)"""
+        for lane in self.lanes(key):
+            if lane not in self._semaphores:
+                self._semaphores[lane] = open_semaphore(self._segment, lane)
+            ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphores[lane])
+
+    def close(self) -> None:
+        """Close the semaphores."""
+        for semaphore in self._semaphores.values():
+            semaphore.close()
+
+
+def open_semaphore(segment: Segment, lane: int | None) -> Semaphore:
+    """The semaphore of a lane's bell, or with None of the pager's own."""
+    semaphore = Semaphore(segment.semaphore_name(lane))
+    if segment.closing:  # whoever destroys may have unlinked it before it was made
+        unlink_semaphore(semaphore.name)
+    return semaphore
