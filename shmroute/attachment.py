@@ -152,11 +152,6 @@ class Attachment:
 
     # ---------------------------------------------------------- lane
 
-    @property
-    def held_lane(self) -> Lane | None:
-        """The lane, if one has been claimed."""
-        return self._lane
-
     def lane(self) -> Lane:
         """The lane of this process, claimed on first use.
 
@@ -240,8 +235,9 @@ class Attachment:
         """Where an expert's bytes are, for messages."""
         try:
             return self.source().location(layer, expert)
-        except (ConfigError, CheckpointError, OSError) as error:
-            return f"a source that cannot be opened here ({error})"
+        except (ConfigError, CheckpointError, OSError):  # what is wrong with it is the caller's to say
+            spec = self.segment.config.source
+            return "nowhere" if spec is None else str(spec.arguments.get("path", spec.factory))
 
     # ---------------------------------------------------------- the pager's bell
 

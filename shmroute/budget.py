@@ -34,7 +34,7 @@ def parse_bytes(text: str) -> int:
     ConfigError
         If it is no size.
     """
-    match = re.fullmatch(rf"{NUMBER}([A-Za-z]*)\s*", text)
+    match = re.fullmatch(rf"{NUMBER}([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].lower() not in UNITS:
         raise ConfigError(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB")
     return int(Fraction(match[1]) * UNITS[match[2].lower()])
@@ -58,7 +58,7 @@ def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
     """
     slot_bytes = slot_bytes_of(expert_bytes)
     if isinstance(budget, str) and budget.strip().endswith("%"):
-        match = re.fullmatch(rf"{NUMBER}%\s*", budget)
+        match = re.fullmatch(rf"{NUMBER}%\s*", budget, re.ASCII)
         if match is None:
             raise ConfigError(f"{budget!r} is no share: write a number and %, such as '50%'")
         share = Fraction(match[1]) / 100  # exact: as floats, 29% of 100 are 28

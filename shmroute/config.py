@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from shmroute.errors import CheckpointError, ConfigError
 from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
+
+NO_SOURCE = "this runtime was made without a checkpoint: it routes, but there are no weights to load"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class RuntimeConfig:
     expert_bytes : int
         Bytes of one expert.
     slots : int
-        Experts that memory holds at once, over all layers.
+        Experts that memory holds at once, over all layers; at most all of them.
     max_workers : int
         Worker processes at once, at most 32.
     layer_numbers : tuple of int
@@ -150,6 +153,14 @@ class RuntimeConfig:
     source_fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in (("router", RouterConfig), ("affinity", AffinityConfig), ("pager", PagerConfig)):
+            require(isinstance(getattr(self, name), kind), f"{name} must be a {kind.__name__}")
+        require(self.source is None or isinstance(self.source, SourceSpec), "source must be a SourceSpec or None")
+        require(
+            isinstance(self.tensors, tuple) and all(isinstance(tensor, TensorLayout) for tensor in self.tensors),
+            "tensors must be a tuple of TensorLayout",
+        )
+        require(isinstance(self.layer_numbers, tuple), "layer_numbers must be a tuple of integers")
         require_int("num_layers", self.num_layers, 1, MAX_LAYERS)
         require_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
         require(
@@ -157,7 +168,7 @@ class RuntimeConfig:
             f"top_k must be an integer from 1 to num_experts = {self.num_experts}, not {self.top_k!r}",
         )
         require_int("expert_bytes", self.expert_bytes, 1, 1 << 40)
-        require_int("slots", self.slots, 1, MAX_SLOTS)
+        require_int("slots", self.slots, 1, min(MAX_SLOTS, self.num_layers * self.num_experts))
         require_int("max_workers", self.max_workers, 1, MAX_LANES)
         require_int("hidden_size", self.hidden_size, 0, 1 << 24)
         if not self.layer_numbers:
@@ -247,6 +258,15 @@ class RuntimeConfig:
             source_fingerprint=geometry.fingerprint,
         )
 
+    def pager_command(self, name: str) -> str:
+        """The shell command that serves a segment of these settings, or adopts one."""
+        path = "CHECKPOINT" if self.source is None else self.source.arguments.get("path", "CHECKPOINT")
+        words = ["shmroute", "pager", str(path), "--name", name, "--budget", str(self.budget_bytes)]
+        words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
+        words += ["--io-threads", str(self.pager.io_threads)]
+        words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
+        return shlex.join(words)
+
     def to_json(self) -> str:
         """The settings as JSON, from which `from_json` makes an equal object."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -301,7 +321,7 @@ def open_configured_source(config: RuntimeConfig) -> ExpertSource:
         If the source cannot be opened, or its content is not what it was then.
     """
     if config.source is None:
-        raise ConfigError("this runtime was made without a checkpoint: it routes, but there are no weights to load")
+        raise ConfigError(NO_SOURCE)
     source = config.source.open()
     if source.geometry.fingerprint != config.source_fingerprint:
         source.close()

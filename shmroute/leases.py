@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.attachment import Attachment
-from shmroute.errors import ExpertLoadError, ExpertTimeout, LeaseHeldError, PagerUnavailable
+from shmroute.config import NO_SOURCE
+from shmroute.errors import ConfigError, ExpertLoadError, ExpertTimeout, LeaseHeldError, PagerUnavailable
 from shmroute.failures import failure_reason
 from shmroute.shared.affinity import checked_ids
 from shmroute.shared.atomic import WORD
@@ -162,6 +163,8 @@ class Leases:
         """
         began = time.monotonic_ns()
         deadline = time.monotonic() + timeout
+        if self._segment.config.source is None:
+            raise ConfigError(f"expert {experts[0]} of layer {layer} is not resident, and {NO_SOURCE}")
         if self.holds_any():
             raise LeaseHeldError(
                 f"expert {experts[0]} of layer {layer} is not resident, and this thread holds a lease: waiting could "
@@ -241,7 +244,7 @@ class Leases:
         name, what = self._segment.name, f"expert {expert} of layer {layer} was not resident within {timeout:g} s"
         if is_dead(pager):
             return PagerUnavailable(
-                f"{what}: {name!r} has no pager. Start one: shmroute pager CHECKPOINT --name {name} --budget …"
+                f"{what}: {name!r} has no pager. Start one: {self._segment.config.pager_command(name)}"
             )
         pid = identity_pid(pager)
         if is_stopped(pager):
@@ -299,13 +302,15 @@ def group_by_expert(
     dict
         expert -> (rows ascending, ranks), int64 of equal length; experts in order of first appearance.
     """
-    ranks_per_row = experts.shape[-1] if experts.ndim else 1
+    if experts.size == 0:
+        return {}
     flat = experts.ravel()
     order = np.argsort(flat, kind="stable")
     ids, first = np.unique(flat[order], return_index=True)
     groups = dict(zip(ids.tolist(), np.split(order, first[1:]), strict=True))
     by_appearance = sorted(groups.items(), key=lambda item: item[1][0])
-    return {expert: (pairs // ranks_per_row, pairs % ranks_per_row) for expert, pairs in by_appearance}
+    top_k = experts.shape[-1]
+    return {expert: (pairs // top_k, pairs % top_k) for expert, pairs in by_appearance}
 
 
 def hand_out(

@@ -20,6 +20,7 @@ from shmroute.shared.layout import HEADER_OWNER
 from shmroute.shared.removal import claim_destruction, is_published, unlink_segment
 from shmroute.shared.segment import Segment, attach_segment, checked_name, create_segment
 from shmroute.sources import ExpertSource
+from shmroute.validation import require
 
 
 class _CompilationReport:
@@ -82,6 +83,7 @@ def create(
         If the pager did not come up.
     """
     checked_name(name)
+    require(isinstance(config, RuntimeConfig), f"config must be a RuntimeConfig, not a {type(config).__name__}")
     if checkpoint is not None:
         config = _with_source(config, checkpoint)
     if pager and config.source is None:
@@ -109,7 +111,7 @@ def _with_source(config: RuntimeConfig, checkpoint: str | Path | ExpertSource) -
         raise CheckpointError(
             str(checkpoint), "is not the checkpoint that the settings were made from; make them anew from this one"
         )
-    for field in ("num_layers", "num_experts", "expert_bytes"):
+    for field in ("num_layers", "num_experts", "top_k", "expert_bytes"):
         if getattr(config, field) != getattr(geometry, field):
             raise ConfigError(
                 f"{field} is {getattr(config, field)} in the settings, {getattr(geometry, field)} in the checkpoint; "
@@ -132,19 +134,27 @@ def create_or_reclaim(name: str, config: RuntimeConfig) -> Segment:
         try:
             return create_segment(name, config)
         except SegmentExistsError:
-            if not reclaim(name):
+            try:
+                freed = reclaim(name)
+            except SegmentError as error:  # what is there is none that this process could judge
+                raise SegmentExistsError(f"the name {name!r} is taken: {error}") from error
+            if not freed:
                 raise
     raise SegmentExistsError(f"the name {name!r} is being taken and freed by others all the time")
 
 
 def reclaim(name: str) -> bool:
-    """Remove a segment whose owner, pager and workers are all dead; whether the name may be free now."""
+    """Remove a segment whose owner, pager and workers are all dead; whether the name may be free now.
+
+    Raises
+    ------
+    SegmentError
+        If what bears the name cannot be attached to.
+    """
     try:
         segment = attach_segment(name, closing=True)
     except SegmentNotFoundError:
         return True
-    except SegmentError:
-        return False  # not ours to judge: the caller reports that the name is taken
     try:
         if not segment.closing:
             owned = not is_dead(segment.read(HEADER_OWNER))
@@ -198,12 +208,12 @@ def destroy(name: str, *, timeout: float = 10.0) -> None:
             if time.monotonic() > deadline:
                 raise SegmentExistsError(f"{name!r} is being destroyed by another process, which does not finish")
             time.sleep(0.01)
-        if pager_alive(segment):
-            semaphore = Semaphore(segment.semaphore_name(None))
-            semaphore.post()
-            semaphore.close()
+        semaphore = Semaphore(segment.semaphore_name(None))
+        semaphore.post()
+        # The files go before the pager does: should this process die in between, the pager finishes for it.
+        unlink_segment(segment)
+        semaphore.close()
         while pager_alive(segment) and time.monotonic() < deadline:
             time.sleep(0.01)
-        unlink_segment(segment)
     finally:
         segment.close()

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -33,7 +32,8 @@ from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
 DEFAULT_TIMEOUT = 5.0
 """Seconds to wait for an expert."""
 
-_open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+_open_runtimes: set[Runtime] = set()
+"""Closed when the interpreter ends, and kept until then even if nobody else does: a lost owner would leak a segment."""
 
 
 class Runtime:
@@ -175,6 +175,8 @@ class Runtime:
         """
         self._check_layer(layer)
         ids = checked_ids(experts, self.config.num_experts)
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"experts must be [k] or [T, k], not {list(ids.shape)}")
         return hand_out(self._lease_table(), self._attachment, layer, ids, _checked_timeout(timeout))
 
     def resident(self, layer: int) -> list[int]:
@@ -240,11 +242,11 @@ class Runtime:
 
     def _destroy(self) -> None:
         with contextlib.suppress(RuntimeClosedError), self._attachment.in_use() as segment:
-            claimed = claim_destruction(segment)
+            # The files go before the pager does: should this process die in between, the pager finishes for it.
+            if claim_destruction(segment):
+                unlink_segment(segment)
             if self._pager is not None:
                 stop_pager(self._pager)
-            if claimed:
-                unlink_segment(segment)
 
     def __enter__(self) -> Runtime:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,23 +51,26 @@ def demo(
 
     Example: shmroute demo --budget 25%
     """
+    from shmroute.config import RouterConfig  # noqa: PLC0415
     from shmroute.demo.run import Demo, shortcomings  # noqa: PLC0415 - numpy and numba are not needed for --help
 
     console = Console(stderr=as_json)
     folder = data or default_folder()
     if not folder.is_dir():
         raise ConfigError(f"no checkpoint at {folder}: run this from a source checkout, or give its folder with --data")
-    console.print(
-        f"checkpoint {folder}, budget {budget}; computing the dense reference …", highlight=False, soft_wrap=True
-    )
+    RouterConfig(cache_bonus=bonus)  # refused now rather than after the first run
     show = Demo(folder, budget, tokens)
     config = show.config
+    # As Ctrl-C does: leave the `with` blocks, which end the workers and remove the cache.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console.print(
-        f"{config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} slots of "
-        f"{config.num_layers * config.num_experts} experts ({config.budget_bytes:,} bytes)",
+        f"{folder}: {config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} slots "
+        f"for {config.num_layers * config.num_experts} experts ({config.budget_bytes:,} bytes)",
         highlight=False,
         soft_wrap=True,
     )
+    console.print("computing the dense reference …")
+    show.compute_reference()
     runs = []
     for value in (0.0, bonus):
         with _display(console, value) as watch:

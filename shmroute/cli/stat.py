@@ -25,7 +25,7 @@ from shmroute.shared.kernel import load_kernels
 from shmroute.shared.layout import LANE_CURSOR, LANE_WAIT, LINE, SLOT_HEADER_BYTES
 from shmroute.shared.metrics import snapshot_words
 from shmroute.shared.removal import is_published
-from shmroute.shared.segment import BONUS_ONE, Segment, attach_segment
+from shmroute.shared.segment import Segment, attach_segment
 from shmroute.shared.words import (
     FAILED,
     LOADING,
@@ -36,6 +36,7 @@ from shmroute.shared.words import (
     STATE_SHIFT,
     request_expert,
     request_layer,
+    unpack_bonus,
 )
 
 DEFAULT_INTERVAL = 1.0
@@ -212,7 +213,7 @@ def _layer(segment: Segment, layer: int) -> dict[str, Any]:
         "loading": int(np.count_nonzero(states == LOADING)),
         "failed": int(np.count_nonzero(states == FAILED)),
         "leased": int(np.count_nonzero(words & LOW32)),
-        "bonus": segment.read(layout.bonus + layer * LINE) / BONUS_ONE,
+        "bonus": round(unpack_bonus(segment.read(layout.bonus + layer * LINE)), 9),
     }
 
 

@@ -139,7 +139,10 @@ class Demo:
         self._tokens = tokens
         self.recording = Recording.load(folder)
         self.config = RuntimeConfig.from_checkpoint(folder, budget)
-        self._outputs, self._choices = dense_reference(folder, self.recording.hidden, self.config.top_k)
+
+    def compute_reference(self) -> None:
+        """Compute what the model does without a cache; before the first run."""
+        self._outputs, self._choices = dense_reference(self.folder, self.recording.hidden, self.config.top_k)
 
     def run(self, bonus: float, watch: Callable[[Progress], None]) -> RunReport:
         """Play all streams at once, each in a worker process of its own.
@@ -186,8 +189,7 @@ class Demo:
                         pipe.close()
             outputs, choices, positions = self._collect(domains, Path(scratch))
         difference = outputs - self._outputs[positions]
-        reference_choices = self._choices[positions]
-        kept = (choices[..., :, None] == reference_choices[..., None, :]).any(-1)
+        kept = (choices[..., :, None] == self._choices[positions][..., None, :]).any(-1)
         return RunReport(
             bonus=bonus,
             workers=reports,

@@ -306,10 +306,14 @@ class Pager:
         fail(self._table.address(key), self._table.failure_address(key), load.slot, failure)
         self._slots.give_back(load.slot)
         self._count(PagerCounter.FAILURES)
-        self._report(load, pause)
+        if attempts == 1:
+            self._report(load, pause)
 
     def _report(self, load: Load, pause: float) -> None:
-        """Tell why a load failed, if there is still somebody to tell: no fault of a message may end the pager."""
+        """Tell why an expert's loads fail, once until it loads again, if there is still somebody to tell.
+
+        No fault of a message may end the pager.
+        """
         with contextlib.suppress(Exception):
             print(
                 f"shmroute pager: expert {load.expert} of layer {load.layer} failed to load from "

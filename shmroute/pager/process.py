@@ -31,12 +31,12 @@ from shmroute.shared.identity import DeathWatch, is_dead, own_identity, same_pro
 from shmroute.shared.lanes import live_lanes
 from shmroute.shared.layout import HEADER_OWNER, HEADER_PAGER, HEADER_STANDBY
 from shmroute.shared.metrics import PagerCounter
-from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.removal import claim_destruction, is_published, unlink_segment
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NOBODY, identity_pid
 
-STANDBY_POLL = 0.05
-"""Seconds between a standby's attempts to take the lock."""
+POLL = 0.05
+"""Seconds between looks at what another process will do: give up the lock, or finish a removal."""
 
 START_TIMEOUT = 60.0
 
@@ -144,10 +144,18 @@ def run_pager(
                 lock.leave_to_death()  # until then, threads may write slots
             else:
                 pager.close()
-        # Not only what this pager claimed: whoever destroys may have died of it.
-        if stop.outcome in (Outcome.REMOVED, Outcome.CLOSED) and claim_destruction(segment):
-            unlink_segment(segment)
+        if stop.outcome in (Outcome.REMOVED, Outcome.CLOSED):
+            _see_removal_through(segment, requests)
         return stop.outcome
+
+
+def _see_removal_through(segment: Segment, requests: StopRequests) -> None:
+    """Remove the files if that is this process's to do, or if whoever has claimed it dies before it is done."""
+    while is_published(segment) and requests.signals < 2:
+        if claim_destruction(segment):
+            unlink_segment(segment)
+            return
+        time.sleep(POLL)
 
 
 def _acquire(
@@ -173,7 +181,7 @@ def _acquire(
         if not announced:
             announce(f"standing by for {segment.name!r} (pid {os.getpid()})")
             announced = True
-        time.sleep(STANDBY_POLL)
+        time.sleep(POLL)
     word = segment.read(HEADER_STANDBY)
     if same_process(word, me):
         segment.swap(HEADER_STANDBY, word, NOBODY)

@@ -48,8 +48,7 @@ from shmroute.shared.experts import QUEUE
 from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
-from shmroute.shared.segment import BONUS_ONE
-from shmroute.shared.words import NORMAL, PAGE_IN, pack_request
+from shmroute.shared.words import NORMAL, PAGE_IN, pack_request, unpack_bonus
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
 RING_BELL: Final = 1 << 40
@@ -75,7 +74,7 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         snapshot[i] = load(words[p.RESIDENT] + i * WORD)
     bonus = 0.0
     if words[p.MEMORY_AWARE] == 1:
-        bonus = load(words[p.BONUS]) / BONUS_ONE
+        bonus = unpack_bonus(load(words[p.BONUS]))
 
     hits = changed = nonfinite = 0
     for token in range(tokens):

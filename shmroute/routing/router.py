@@ -19,7 +19,7 @@ from shmroute.routing.route import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BE
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import LINE
 from shmroute.shared.requests import PagingRequest
-from shmroute.shared.segment import BONUS_ONE
+from shmroute.shared.words import pack_bonus, unpack_bonus
 from shmroute.validation import require_float
 
 _routers: weakref.WeakSet[MemoryAwareRouter] = weakref.WeakSet()
@@ -77,13 +77,13 @@ class MemoryAwareRouter:
     def cache_bonus(self) -> float:
         """What a resident expert's logit is raised by when choosing; shared by all workers, settable at any time."""
         with self._attachment.in_use() as segment:
-            return segment.read(self._bonus) / BONUS_ONE
+            return round(unpack_bonus(segment.read(self._bonus)), 9)
 
     @cache_bonus.setter
     def cache_bonus(self, value: float) -> None:
         require_float("cache_bonus", value, 0, 1e6)
         with self._attachment.in_use() as segment:
-            segment.write(self._bonus, int(value * BONUS_ONE))
+            segment.write(self._bonus, pack_bonus(value))
 
     def route(self, logits: npt.NDArray[np.float32]) -> RoutingDecision:
         """Route one token or a batch.

@@ -210,7 +210,7 @@ def checked_ids(experts: Sequence[int] | npt.NDArray[np.integer], num_experts: i
     """
     array = np.asarray(experts)
     if array.size == 0:
-        return np.empty(0, np.int64)
+        return np.empty(array.shape, np.int64)
     if array.dtype.kind not in "iu":
         raise ValueError(f"expert ids must be integers, not {array.dtype}")
     if array.min() < 0 or array.max() >= num_experts:
@@ -262,7 +262,15 @@ class ExpertAffinity:
             return snapshot_words(self._activations, self._config.num_experts)
 
     def top(self, k: int) -> list[int]:
-        """The k experts of highest score, best first; ties go to the lower id."""
+        """The k experts of highest score (all, if there are fewer), best first; ties go to the lower id.
+
+        Raises
+        ------
+        ValueError
+            If k is negative.
+        """
+        if k < 0:
+            raise ValueError(f"k must be 0 or more, not {k}")
         return [int(expert) for expert in np.argsort(-self.scores(), kind="stable")[:k]]
 
     def update(self, experts: Sequence[int] | npt.NDArray[np.integer]) -> None:

@@ -62,7 +62,7 @@ from shmroute.shared.layout import (
     Layout,
     compiled_constants,
 )
-from shmroute.shared.words import DESTROYING, LIVE, identity_pid, identity_state
+from shmroute.shared.words import DESTROYING, LIVE, identity_pid, identity_state, pack_bonus
 
 SHM = Path("/dev/shm")
 PREFIX = "shmroute."
@@ -72,9 +72,6 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_FILE_BYTES = (1 << 63) - 1
 """What an offset in a file can say; settings may ask for more."""
-
-BONUS_ONE = 1 << 32
-"""Bonus words are fixed-point: value × 2^32."""
 
 
 def checked_name(name: str) -> str:
@@ -304,7 +301,7 @@ def _initialise(segment: Segment, config_json: bytes, uuid: bytes) -> None:
     segment.write(HEADER_STATE, me)
     segment.write(HEADER_OWNER, me)
     for layer in range(layout.num_layers):
-        segment.write(layout.bonus + layer * LINE, int(segment.config.router.cache_bonus * BONUS_ONE))
+        segment.write(layout.bonus + layer * LINE, pack_bonus(segment.config.router.cache_bonus))
     for cursor in (RING_HEAD, RING_TAIL):
         segment.write(layout.ring + cursor, 1 << layout.ring_bits)
 

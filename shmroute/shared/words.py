@@ -110,6 +110,9 @@ NOBODY: Final = 0
 LIVE: Final = 1
 DESTROYING: Final = 2
 
+# Bonus: what a resident expert's logit is raised by, value x 2^32.
+BONUS_ONE: Final = 1 << 32
+
 # Wait word: the one expert that a worker waits for; 0 for none.   layer:10 . expert:12, plus 1
 # Failure: why an expert could not be loaded, and when it may be tried again.
 #
@@ -244,6 +247,18 @@ def bell_epoch(word: int) -> int:
 def bell_state(word: int) -> int:
     """AWAKE, ARMED or RUNG."""
     return word & ((1 << BELL_STATE_BITS) - 1)
+
+
+@inner
+def pack_bonus(value: float) -> int:
+    """The nearest bonus word."""
+    return int(value * BONUS_ONE + 0.5)
+
+
+@inner
+def unpack_bonus(word: int) -> float:
+    """The bonus of a word; rounded to nine decimals it is what was packed, if that had no more."""
+    return word / BONUS_ONE
 
 
 @inner

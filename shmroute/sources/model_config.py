@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shmroute.errors import CheckpointError, UnsupportedDtypeError, UnsupportedScoringError
+from shmroute.shared.words import MAX_EXPERTS, MAX_LAYERS
 from shmroute.sources.bounded_json import read_json_object, shown
 
 MAX_CONFIG_BYTES = 16 * 2**20
-MAX_LAYERS = 1024
-MAX_EXPERTS = 4096
 MAX_EXTENT = 2**24
 
 
