@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,13 +28,16 @@ from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import Semaphore, listen, mark, unlink_semaphore
 from shmroute.shared.identity import own_identity
-from shmroute.shared.layout import HEADER_BELL, LANE_BASELINE, LANE_BELL, LANE_SHARD, LANE_WAIT
+from shmroute.shared.layout import HEADER_BELL, LANE_BASELINE, LANE_BELL, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
 from shmroute.shared.metrics import LANE_SHARD_WORDS
 from shmroute.shared.pool import Pool
 from shmroute.shared.segment import Segment
 from shmroute.sources import ExpertSource
 
 T = TypeVar("T")
+
+REAP_PATIENCE = 1.0
+"""Seconds, beyond two ticks of a pager, to wait until the lanes of the dead are free."""
 
 SLEEPER_LEAVES = 1.0
 """Seconds within which a thread that sleeps on the lane's bell has noticed that the attachment is closed."""
@@ -174,13 +178,16 @@ class Attachment:
         segment.check_live()
         lanes.free_own_leftovers(segment, self._identity)
         number = self._try_claim(self._identity)
-        if number < 0:
-            # The dead may fill the lanes while no pager is there to reap them. Out of descriptors, nobody is known to
-            # be dead.
-            with contextlib.suppress(OSError), PagerLock(segment) as lock:
+        deadline = time.monotonic() + 2 * segment.config.pager.tick + REAP_PATIENCE
+        while number < 0 and len(lanes.live_lanes(segment)) < segment.config.max_workers:
+            # The dead fill the lanes: they are reaped here, or by whoever holds the lock.
+            with PagerLock(segment) as lock:
                 if lock.try_acquire():
                     lanes.reap(segment)
             number = self._try_claim(self._identity)
+            if number < 0 and time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
         if number < 0:
             raise NoWorkerLane(
                 f"all {segment.config.max_workers} worker lanes of {segment.name!r} are taken by live processes; "
@@ -189,14 +196,19 @@ class Attachment:
         try:
             lane = Lane(segment, number)
         except BaseException:  # out of descriptors, say
-            lanes.free_lane(segment, number)
+            self._free_lane(number)
             raise
         if segment.closing:  # (lane claim / header state)
-            lanes.free_lane(segment, number)
+            self._free_lane(number)
             lane.semaphore.close()
             unlink_semaphore(lane.semaphore.name)
             segment.check_live()
         return lane
+
+    def _free_lane(self, number: int) -> None:
+        """Give back this process's own lane."""
+        word = self.segment.read(self.segment.layout.lane(number) + LANE_IDENTITY)
+        lanes.free_lane(self.segment, number, word)
 
     def _try_claim(self, identity: int) -> int:
         layout = self.segment.layout
@@ -206,12 +218,14 @@ class Attachment:
             )
         )
 
-    def one(self, make: Callable[[Attachment], T]) -> T:
-        """What `make` makes of this attachment: made once, then the same for all runtimes of this process."""
+    def one(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """What `make` makes of this attachment: once, then the same for all runtimes of this process."""
+        key = (make, arguments)
         with self._shared_mutex:
-            if make not in self._shared:
-                self._shared[make] = make(self)
-            made: T = self._shared[make]
+            self.check_open()
+            if key not in self._shared:
+                self._shared[key] = make(self, *arguments)
+            made: T = self._shared[key]
             return made
 
     # ---------------------------------------------------------- where the experts come from
@@ -235,7 +249,9 @@ class Attachment:
         """Where an expert's bytes are, for messages."""
         try:
             return self.source().location(layer, expert)
-        except (ConfigError, CheckpointError, OSError):  # what is wrong with it is the caller's to say
+        except CheckpointError as error:
+            return error.path  # of the file at fault; what is wrong with the load is the caller's to say
+        except (ConfigError, OSError):
             spec = self.segment.config.source
             return "nowhere" if spec is None else str(spec.arguments.get("path", spec.factory))
 
@@ -277,7 +293,7 @@ class Attachment:
         for action in self._before_close:
             action()
         if self._lane is not None:
-            lanes.free_lane(self.segment, self._lane.number)
+            self._free_lane(self._lane.number)
             self._lane.close()
         if self._pager_semaphore is not None:
             self._pager_semaphore.close()

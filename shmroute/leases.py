@@ -51,6 +51,10 @@ RECHECK = 0.1
 ExpertRows = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64], ExpertWeights]
 
 
+class Holder:
+    """A thread that took leases. Thread ids are used again after a thread's end, these are not."""
+
+
 class Leases:
     """The leases of one process on one segment."""
 
@@ -64,9 +68,10 @@ class Leases:
         self._row_bytes = layout.row_bytes
         self._mutex = threading.RLock()
         self._changing = False
-        self._ended: deque[tuple[int, int]] = deque()
+        self._ended: deque[tuple[int, Holder]] = deque()
         self._counts: dict[int, int] = {}
-        self._held: dict[int, int] = {}
+        self._held: dict[Holder, int] = {}
+        self._here = threading.local()
         self._waiting = threading.Lock()
         attachment.before_close(self._close)
 
@@ -75,10 +80,17 @@ class Leases:
 
     # ---------------------------------------------------------- one lease
 
+    def holder(self) -> Holder:
+        """This thread."""
+        found: Holder | None = getattr(self._here, "holder", None)
+        if found is None:
+            found = self._here.holder = Holder()
+        return found
+
     def try_lease(self, layer: int, expert: int) -> int:
-        """Take a lease if the expert is resident: its slot, or -1."""
+        """Take a lease for this thread if the expert is resident: its slot, or -1."""
         offset = self._offset(layer, expert)
-        thread = threading.get_ident()
+        holder = self.holder()
         with self._mutex:
             self._attachment.check_open()
             self._changing = True
@@ -86,7 +98,7 @@ class Leases:
                 slot = int(lease(self._words + offset, self._lane.bit))
                 if slot >= 0:
                     self._counts[offset] = self._counts.get(offset, 0) + 1
-                    self._held[thread] = self._held.get(thread, 0) + 1
+                    self._held[holder] = self._held.get(holder, 0) + 1
                     add(self._lane.counter(LaneCounter.LEASES), 1)
             finally:
                 self._changing = False
@@ -94,11 +106,11 @@ class Leases:
                 self._settle()
         return slot
 
-    def release(self, layer: int, expert: int, thread: int) -> None:
-        """Give back a lease that `thread` took. Does nothing once the attachment is closed, which gave back all."""
+    def release(self, layer: int, expert: int, holder: Holder) -> None:
+        """Give back a lease that `holder` took. Does nothing once the attachment is closed, which gave back all."""
         if self._attachment.closed:
             return  # in a forked child too, where the mutex may belong to a thread that does not exist
-        self._ended.append((self._offset(layer, expert), thread))
+        self._ended.append((self._offset(layer, expert), holder))
         with self._mutex:
             self._settle()
 
@@ -113,10 +125,10 @@ class Leases:
         self._changing = True
         try:
             while self._ended:
-                offset, thread = self._ended.popleft()
-                self._held[thread] -= 1
-                if self._held[thread] == 0:
-                    del self._held[thread]
+                offset, holder = self._ended.popleft()
+                self._held[holder] -= 1
+                if self._held[holder] == 0:
+                    del self._held[holder]
                 self._counts[offset] -= 1
                 if self._counts[offset] == 0:
                     del self._counts[offset]
@@ -127,7 +139,7 @@ class Leases:
 
     def holds_any(self) -> bool:
         """Whether this thread holds a lease."""
-        return threading.get_ident() in self._held
+        return self.holder() in self._held
 
     # ---------------------------------------------------------- requests
 
@@ -172,8 +184,14 @@ class Leases:
                 f"hands experts out one at a time"
             )
         ticks = self._pager_ticks()
-        if not self._waiting.acquire(timeout=timeout):
-            raise self._timed_out(layer, experts[0], timeout, ticks)
+        # Another thread may be waiting: the load starts, and may end, while this one queues behind it.
+        self.submit(layer, experts[0], URGENT)
+        while not self._waiting.acquire(timeout=max(min(deadline - time.monotonic(), RECHECK), 0)):
+            found = self.lease_any(layer, experts)
+            if found is not None:
+                return found
+            if time.monotonic() >= deadline:
+                raise self._timed_out(layer, experts[0], timeout, ticks)
         try:
             self._set_wait_word(pack_wait(layer, experts[0]))
             try:
@@ -198,10 +216,9 @@ class Leases:
             with self._attachment.in_use():
                 self._segment.check_live()
                 arm(self._lane.bell, 0)
-            for expert in experts:
-                slot = self.try_lease(layer, expert)
-                if slot >= 0:
-                    return expert, slot
+            found = self.lease_any(layer, experts)
+            if found is not None:
+                return found
             if requested and expert_state(self._read_word(layer, awaited)) == FAILED:
                 raise self.load_error(layer, awaited)  # this wait's own load failed
             if self.submit(layer, awaited, URGENT) == BROKEN:
@@ -211,6 +228,14 @@ class Leases:
             if left <= 0:
                 raise self._timed_out(layer, awaited, timeout, ticks)
             self._lane.sleep(min(left, RECHECK))
+
+    def lease_any(self, layer: int, experts: Sequence[int]) -> tuple[int, int] | None:
+        """Lease the first of some experts that is resident: (expert, slot)."""
+        for expert in experts:
+            slot = self.try_lease(layer, expert)
+            if slot >= 0:
+                return expert, slot
+        return None
 
     def _set_wait_word(self, value: int) -> None:
         with self._mutex:
@@ -267,24 +292,28 @@ class Leases:
 class ExpertLease:
     """One expert's weights for the length of a ``with`` block. Made by `Runtime.expert`."""
 
-    __slots__ = ("_expert", "_layer", "_leases", "_pool_weights", "_thread", "_timeout")
+    __slots__ = ("_expert", "_holder", "_layer", "_leases", "_pool_weights", "_timeout")
 
     def __init__(self, leases: Leases, attachment: Attachment, layer: int, expert: int, timeout: float) -> None:
         self._leases, self._layer, self._expert, self._timeout = leases, layer, expert, timeout
         self._pool_weights = attachment.pool.weights
-        self._thread = 0
+        self._holder = leases.holder()
 
     def __enter__(self) -> ExpertWeights:
         slot = self._leases.try_lease(self._layer, self._expert)
         if slot < 0:
             _, slot = self._leases.wait(self._layer, [self._expert], self._timeout)
-        self._thread = threading.get_ident()
-        return self._pool_weights(slot)
+        self._holder = self._leases.holder()
+        try:
+            return self._pool_weights(slot)
+        except BaseException:
+            self._leases.release(self._layer, self._expert, self._holder)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leases.release(self._layer, self._expert, self._thread)
+        self._leases.release(self._layer, self._expert, self._holder)
 
 
 def group_by_expert(
@@ -334,23 +363,14 @@ def _hand_out(
     timeout: float,
 ) -> Iterator[ExpertRows]:
     pending = list(groups)
-    thread = threading.get_ident
     while pending:
-        taken = None
-        for expert in pending:
-            slot = leases.try_lease(layer, expert)
-            if slot >= 0:
-                taken = expert, slot
-                break
-        if taken is None:
-            taken = leases.wait(layer, pending, timeout)
-        expert, slot = taken
-        owner = thread()
+        expert, slot = leases.lease_any(layer, pending) or leases.wait(layer, pending, timeout)
+        holder = leases.holder()
         pending.remove(expert)
         try:
             yield expert, *groups[expert], attachment.pool.weights(slot)
         finally:
-            leases.release(layer, expert, owner)
+            leases.release(layer, expert, holder)
 
 
 def prefetch(leases: Leases, layer: int, experts: Sequence[int] | npt.NDArray[np.integer], num_experts: int) -> int:

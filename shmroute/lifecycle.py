@@ -11,13 +11,14 @@ from pathlib import Path
 from shmroute.config import RuntimeConfig, describe
 from shmroute.errors import CheckpointError, ConfigError, SegmentError, SegmentExistsError, SegmentNotFoundError
 from shmroute.pager.process import pager_alive, standby_alive, start_pager, stop_pager
+from shmroute.pager_lock import PagerLock
 from shmroute.runtime import Runtime
 from shmroute.shared.bell import Semaphore
 from shmroute.shared.identity import is_dead
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.lanes import live_lanes
 from shmroute.shared.layout import HEADER_OWNER
-from shmroute.shared.removal import claim_destruction, is_published, unlink_segment
+from shmroute.shared.removal import claim_destruction, claim_if_unused, is_published, unlink_segment
 from shmroute.shared.segment import Segment, attach_segment, checked_name, create_segment
 from shmroute.sources import ExpertSource
 from shmroute.validation import require
@@ -156,14 +157,21 @@ def reclaim(name: str) -> bool:
     except SegmentNotFoundError:
         return True
     try:
-        if not segment.closing:
+
+        def in_use() -> bool:
             owned = not is_dead(segment.read(HEADER_OWNER))
-            if owned or pager_alive(segment) or standby_alive(segment) or live_lanes(segment):
-                return False
-        if not claim_destruction(segment):
-            return False
-        unlink_segment(segment)
-        return True
+            return owned or pager_alive(segment) or standby_alive(segment) or bool(live_lanes(segment))
+
+        if segment.closing:
+            claimed = claim_destruction(segment)
+        elif in_use():
+            claimed = False
+        else:
+            with PagerLock(segment) as lock:  # a pager that is about to adopt it holds the lock
+                claimed = lock.try_acquire() and claim_if_unused(segment, in_use)
+        if claimed:
+            unlink_segment(segment)
+        return claimed
     finally:
         segment.close()
 

@@ -57,7 +57,6 @@ class Runtime:
         self._pager = pager
         self._pid = os.getpid()
         self._mutex = threading.RLock()
-        self._routers: dict[int, MemoryAwareRouter] = {}
         self._leases: Leases | None = None
         self._gates: dict[int, npt.NDArray[np.float32]] = {}
         self._closed = False
@@ -66,7 +65,9 @@ class Runtime:
     # ---------------------------------------------------------- routing
 
     def router(self, layer: int) -> MemoryAwareRouter:
-        """The router of one layer; the same object every time. Claims a lane.
+        """The router of one layer: one object for all of this process's runtimes on the segment. Claims a lane.
+
+        It works until the last of those is closed.
 
         Raises
         ------
@@ -75,12 +76,9 @@ class Runtime:
         NoWorkerLane
             If all lanes are taken by live processes.
         """
-        self._check_layer(layer)
-        with self._mutex:
-            self._check_open()
-            if layer not in self._routers:
-                self._routers[layer] = MemoryAwareRouter(self._attachment, layer)
-            return self._routers[layer]
+        layer = self._checked_layer(layer)
+        self._check_open()
+        return self._attachment.one(MemoryAwareRouter, layer)
 
     def affinity(self, layer: int) -> ExpertAffinity:
         """The affinity of one layer's experts. Claims no lane.
@@ -90,7 +88,7 @@ class Runtime:
         ValueError
             If there is no such layer.
         """
-        self._check_layer(layer)
+        layer = self._checked_layer(layer)
         self._check_open()
         return ExpertAffinity(self._attachment, layer)
 
@@ -106,9 +104,9 @@ class Runtime:
         CheckpointError
             If it cannot be read here.
         """
-        self._check_layer(layer)
+        layer = self._checked_layer(layer)
+        self._check_open()
         with self._mutex:
-            self._check_open()
             if layer not in self._gates:
                 self._gates[layer] = self._attachment.source().gate(layer)
             return self._gates[layer]
@@ -142,7 +140,7 @@ class Runtime:
         SegmentClosingError
             If the segment is being destroyed.
         """
-        self._check_expert(layer, expert)
+        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
         return ExpertLease(self._lease_table(), self._attachment, layer, expert, _checked_timeout(timeout))
 
     def experts(
@@ -173,15 +171,15 @@ class Runtime:
         ------
         As `expert`.
         """
-        self._check_layer(layer)
+        layer = self._checked_layer(layer)
+        if np.ndim(experts) not in (1, 2):
+            raise ValueError(f"experts must be [k] or [T, k], not {list(np.shape(experts))}")
         ids = checked_ids(experts, self.config.num_experts)
-        if ids.ndim not in (1, 2):
-            raise ValueError(f"experts must be [k] or [T, k], not {list(ids.shape)}")
         return hand_out(self._lease_table(), self._attachment, layer, ids, _checked_timeout(timeout))
 
     def resident(self, layer: int) -> list[int]:
         """Sorted ids of a layer's experts that the router takes for resident now."""
-        self._check_layer(layer)
+        layer = self._checked_layer(layer)
         self._check_open()
         with self._attachment.in_use() as segment:
             row = segment.address + segment.layout.resident + layer * segment.layout.resident_row_bytes
@@ -194,12 +192,12 @@ class Runtime:
 
         A prefetch yields to every demand and is cancelled when it has waited too long.
         """
-        self._check_layer(layer)
+        layer = self._checked_layer(layer)
         return prefetch(self._lease_table(), layer, experts, self.config.num_experts)
 
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""
-        self._check_expert(layer, expert)
+        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
         self._check_open()
         with self._attachment.in_use() as segment:
             layout = segment.layout
@@ -225,18 +223,17 @@ class Runtime:
         still referenced keep their memory mapped until they go (a `ResourceWarning` says so), but their bytes may
         change from now on. Does nothing the second time.
         """
+        _open_runtimes.discard(self)
+        if os.getpid() != self._pid:
+            return  # a forked child holds nothing, and the mutex may belong to a thread that does not exist here
         with self._mutex:
             if self._closed:
                 return
             self._closed = True
-        _open_runtimes.discard(self)
-        if os.getpid() != self._pid:
-            return  # a forked child holds nothing
         try:
             if self.owner:
                 self._destroy()
         finally:
-            self._routers.clear()
             self._leases = None
             leave(self._attachment)
 
@@ -269,20 +266,24 @@ class Runtime:
             raise RuntimeClosedError(f"the runtime {self.name!r} was closed; attach to it again")
         self._attachment.check_open()
 
-    def _check_layer(self, layer: int) -> None:
-        if not isinstance(layer, int | np.integer) or not 0 <= layer < self.config.num_layers:
-            raise ValueError(f"layer must be an integer from 0 to {self.config.num_layers - 1}, not {layer!r}")
+    def _checked_layer(self, layer: int) -> int:
+        return _checked_index("layer", layer, self.config.num_layers)
 
-    def _check_expert(self, layer: int, expert: int) -> None:
-        self._check_layer(layer)
-        if not isinstance(expert, int | np.integer) or not 0 <= expert < self.config.num_experts:
-            raise ValueError(f"expert must be an integer from 0 to {self.config.num_experts - 1}, not {expert!r}")
+    def _checked_expert(self, expert: int) -> int:
+        return _checked_index("expert", expert, self.config.num_experts)
+
+
+def _checked_index(name: str, value: int, count: int) -> int:
+    """`value` as an int: NumPy's narrow integers would overflow in the arithmetic of addresses."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value < count:
+        raise ValueError(f"{name} must be an integer from 0 to {count - 1}, not {value!r}")
+    return int(value)
 
 
 def _checked_timeout(timeout: float) -> float:
-    if not isinstance(timeout, int | float) or not math.isfinite(timeout) or timeout < 0:
+    if not isinstance(timeout, int | float | np.floating | np.integer) or not math.isfinite(timeout) or timeout < 0:
         raise ValueError(f"timeout must be a finite number of seconds, 0 or more, not {timeout!r}")
-    return float(timeout)
+    return min(float(timeout), threading.TIMEOUT_MAX)
 
 
 @atexit.register

@@ -40,7 +40,7 @@ NAN, INF = float("nan"), float("inf")
         (RuntimeConfig, "num_experts", "from 1 to 4096", [0, -1, 4097]),
         (RuntimeConfig, "top_k", "from 1 to num_experts = 8", [0, -1, 9]),
         (RuntimeConfig, "expert_bytes", "from 1 to 1099511627776", [0, -1, (1 << 40) + 1]),
-        (RuntimeConfig, "slots", "from 1 to 16777216", [0, -1, (1 << 24) + 1]),
+        (RuntimeConfig, "slots", "from 1 to 32", [0, -1, 33]),
         (RuntimeConfig, "max_workers", "from 1 to 32", [0, -1, 33]),
         (RuntimeConfig, "hidden_size", "from 0 to 16777216", [-1, (1 << 24) + 1]),
         (AffinityConfig, "decay", r"in \(0, 1\]", [0, 0.0, -0.5, 1.0001, 2, 10**400]),

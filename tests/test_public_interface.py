@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtimes import unique_name
+from runtimes import run_python, unique_name
 
 import shmroute
 from shmroute import (
@@ -22,6 +22,7 @@ from shmroute import (
 )
 from shmroute.demo.reference import dense_reference
 from shmroute.errors import CheckpointError, ConfigError, RuntimeClosedError
+from shmroute.shared.segment import segment_path
 from shmroute.sources import HuggingFaceSource, SyntheticSource
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny-mixtral"
@@ -165,3 +166,55 @@ def test_a_closed_runtime_refuses_while_another_of_the_same_process_goes_on(runt
         with pytest.raises(RuntimeClosedError):
             use()
     assert runtime.metrics().slots == 24
+
+
+def test_numpys_narrow_integers_index_like_pythons(runtime: shmroute.Runtime) -> None:
+    decision = runtime.router(layer=np.int32(2)).route(np.arange(8, dtype=np.float32))
+    with runtime.expert(layer=np.int16(2), expert=decision.experts[0]) as w:
+        assert w["gate"].shape == (256, 128)
+    assert [expert for expert, *_ in runtime.experts(np.uint8(2), decision.experts)] == sorted(decision.experts)[::-1]
+    assert runtime.page_out(np.int8(2), np.int16(0))
+
+
+def test_an_empty_batch_goes_all_the_way(runtime: shmroute.Runtime) -> None:
+    decision = runtime.router(layer=0).route(np.empty((0, 8), np.float32))
+    assert decision.experts.shape == (0, 2)
+    assert list(runtime.experts(0, decision.experts)) == []
+    assert list(runtime.experts(0, [])) == []
+
+
+@pytest.mark.parametrize("experts", [3, [[[1, 2]]]])
+def test_expert_ids_of_another_rank_are_refused(runtime: shmroute.Runtime, experts: object) -> None:
+    with pytest.raises(ValueError, match=r"\[k\] or \[T, k\]"):
+        runtime.experts(0, experts)
+
+
+def test_all_runtimes_of_a_process_have_one_router_a_layer(runtime: shmroute.Runtime) -> None:
+    before = len(runtime._attachment._before_close)
+    for _ in range(5):
+        with shmroute.attach(runtime.name) as again:
+            assert again.router(layer=4) is runtime.router(layer=4)
+    assert len(runtime._attachment._before_close) <= before + 1
+
+
+def test_without_a_checkpoint_an_expert_that_is_not_resident_is_an_error_at_once() -> None:
+    config = RuntimeConfig(num_layers=1, num_experts=8, top_k=2, expert_bytes=4096, slots=4)
+    with shmroute.create(unique_name(), config) as rt, pytest.raises(ConfigError, match="without a checkpoint"):
+        rt.expert(0, 0, timeout=60).__enter__()
+
+
+def test_a_runtime_that_nobody_closed_is_closed_at_exit() -> None:
+    name = unique_name()
+    code = (
+        "import sys, shmroute; from shmroute import RuntimeConfig; "
+        "shmroute.create(sys.argv[1], RuntimeConfig(1, 8, 2, 4096, 4)).router(0)"
+    )
+    run_python(code, name)
+    assert not segment_path(name).exists()
+
+
+def test_a_bonus_reads_back_as_it_was_written(runtime: shmroute.Runtime) -> None:
+    router = runtime.router(layer=5)
+    for bonus in (0.3, 0.15, 0.0, 123.456789):
+        router.cache_bonus = bonus
+        assert router.cache_bonus == bonus

@@ -11,9 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from shmroute.failures import ChecksumMismatch, classify
 from shmroute.pager.loader import Load, Loader
 from shmroute.pager.prefetch import AffinityPrefetch
@@ -100,7 +97,7 @@ class Pager:
         """Serve until `should_stop` says so, once a round; then finish the loads under way, unless `at_once`."""
         while not should_stop():
             self._count(PagerCounter.TICKS)
-            wanted = self._waiters.keys()  # before the ring: what a waiter pushed before it waited counts first
+            wanted = self._waiters.in_turn()  # before the ring: what a waiter pushed before it waited counts first
             self._drain_ring()
             self._collect()
             if time.monotonic() >= self._next_sweep:
@@ -200,7 +197,7 @@ class Pager:
 
     # ---------------------------------------------------------- loads
 
-    def _dispatch(self, wanted: npt.NDArray[np.int64]) -> bool:
+    def _dispatch(self, wanted: list[int]) -> bool:
         """Start loads while there are threads for them, `wanted` keys first; whether a demand found no slot."""
         awaited = self._waiters.keys()
         while self._loader.idle > 0:
@@ -242,9 +239,9 @@ class Pager:
         add(counters + LaneCounter.LOADS * WORD, 1)
         add(counters + LaneCounter.EVICTIONS * WORD, evictions)
 
-    def _next_load(self, wanted: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+    def _next_load(self, wanted: list[int]) -> tuple[int, int] | None:
         """What to load next: experts that workers wait for, then the queue."""
-        for key in wanted.tolist():
+        for key in wanted:
             if expert_state(self._table.word(key)) == REQUESTED:
                 return key, URGENT
         while (head := self._queue.peek()) is not None:

@@ -31,12 +31,15 @@ from shmroute.shared.identity import DeathWatch, is_dead, own_identity, same_pro
 from shmroute.shared.lanes import live_lanes
 from shmroute.shared.layout import HEADER_OWNER, HEADER_PAGER, HEADER_STANDBY
 from shmroute.shared.metrics import PagerCounter
-from shmroute.shared.removal import claim_destruction, is_published, unlink_segment
+from shmroute.shared.removal import claim_destruction, claim_if_unused, is_published, unlink_segment
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NOBODY, identity_pid
 
 POLL = 0.05
 """Seconds between looks at what another process will do: give up the lock, or finish a removal."""
+
+LOCK_PATIENCE = 3.0
+"""Seconds that a lock may be held by a process that is no pager."""
 
 START_TIMEOUT = 60.0
 
@@ -131,11 +134,9 @@ def run_pager(
         pager = Pager(segment, open_configured_source(segment.config))
         requests.on_signal = pager.interrupt
         watch: DeathWatch[str] = DeathWatch()
-        stop = _StopRule(segment, requests, watch, tell)
+        stop = _StopRule(segment, requests, watch, owner, tell)
         try:
             tell(f"serving {segment.name!r} (pid {os.getpid()})")
-            if owner != NOBODY:
-                watch.watch("owner", owner)
             pager.serve(stop, at_once=lambda: requests.signals > 1)
         finally:
             requests.on_signal = lambda: None
@@ -164,6 +165,7 @@ def _acquire(
     """Take the lock, at once or as a standby; False if there is nothing to be the pager of any more."""
     me = own_identity()
     announced = False
+    deadline = time.monotonic() + LOCK_PATIENCE
     while not segment.closing and not requests.signals:
         if lock.try_acquire():
             word = segment.read(HEADER_STANDBY)
@@ -171,10 +173,15 @@ def _acquire(
                 segment.swap(HEADER_STANDBY, word, NOBODY)
             return True
         if not standby and not segment.closing:
-            raise PagerStartError(
-                f"{segment.name!r} has a pager already (pid {identity_pid(segment.read(HEADER_PAGER))}); "
-                f"use --standby to wait for its end"
-            )
+            if pager_alive(segment):
+                raise PagerStartError(
+                    f"{segment.name!r} has a pager already (pid {identity_pid(segment.read(HEADER_PAGER))}); "
+                    f"use --standby to wait for its end"
+                )
+            if time.monotonic() > deadline:  # a process that reaps lanes holds the lock too, for a moment
+                raise PagerStartError(f"another process holds {segment.lock_path} and does not become the pager")
+            time.sleep(POLL)
+            continue
         word = segment.read(HEADER_STANDBY)
         if not same_process(word, me) and is_dead(word):
             segment.swap(HEADER_STANDBY, word, me)
@@ -192,9 +199,15 @@ class _StopRule:
     """Asked by the pager once a round whether to stop; afterwards `outcome` says why."""
 
     def __init__(
-        self, segment: Segment, requests: StopRequests, watch: DeathWatch[str], announce: Callable[[str], None]
+        self,
+        segment: Segment,
+        requests: StopRequests,
+        watch: DeathWatch[str],
+        owner: int,
+        announce: Callable[[str], None],
     ) -> None:
-        self._segment, self._requests, self._watch, self._announce = segment, requests, watch, announce
+        self._segment, self._requests, self._watch = segment, requests, watch
+        self._owner, self._announce = owner, announce
         self._draining = False
         self.outcome = Outcome.CLOSED
 
@@ -202,6 +215,8 @@ class _StopRule:
         if self._segment.closing:
             self.outcome = Outcome.CLOSED
             return True
+        if self._owner != NOBODY:
+            self._watch.watch("owner", self._owner)  # until it works: out of descriptors, it does not
         if not self._requests.owner_died and self._watch.dead():
             self._requests.owner_died = True
             self._announce("the owner died")
@@ -223,7 +238,9 @@ class _StopRule:
                 self._announce(f"{workers} workers are still attached; serving until they leave (signal again to go)")
                 self._draining = True
             return False
-        self.outcome = Outcome.REMOVED if claim_destruction(self._segment) else Outcome.CLOSED
+        if not claim_if_unused(self._segment, lambda: bool(live_lanes(self._segment))):
+            return self._segment.closing
+        self.outcome = Outcome.REMOVED
         return True
 
 

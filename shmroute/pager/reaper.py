@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shmroute.shared.identity import DeathWatch, same_process
+from shmroute.shared.identity import DeathWatch
 from shmroute.shared.lanes import free_lane, lane_identities
 from shmroute.shared.segment import Segment
 
@@ -29,9 +29,7 @@ class Reaper:
                 self._watch.forget(lane)
         reaped = 0
         for lane, identity in self._watch.dead():
-            if same_process(identities[lane], identity):
-                free_lane(self._segment, lane)
-                reaped += 1
+            reaped += free_lane(self._segment, lane, identity)
             self._watch.forget(lane)
         return reaped
 

@@ -66,8 +66,9 @@ class Slots:
         if self._free:
             return self._free.pop()
         for key in list(self._evict_first):
-            del self._evict_first[key]
-            if key not in awaited and (slot := self._evict(key)) is not None:
+            slot = None if key in awaited else self._evict(key)
+            self._evict_first.pop(key, None)
+            if slot is not None:
                 self.page_outs += 1
                 return slot
         while (found := self._eviction.victim(awaited)) is not None:
@@ -88,6 +89,7 @@ class Slots:
 
     def loaded(self, slot: int, key: int) -> None:
         """Note that a slot has a new expert."""
+        self._evict_first.pop(key, None)
         self._eviction.loaded(slot, key)
 
     def give_back(self, slot: int) -> None:
@@ -105,5 +107,6 @@ class Slots:
         if not evict(self._table.address(key), self._table.resident_row(layer), expert, slot):
             return None
         self._eviction.emptied(slot)
+        self._evict_first.pop(key, None)
         self.evictions += 1
         return slot

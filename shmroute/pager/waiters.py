@@ -47,11 +47,26 @@ class Waiters:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._semaphores: dict[int, Semaphore] = {}
+        self._arrivals: dict[tuple[int, int], int] = {}
+        self._arrived = 0
 
     def keys(self) -> npt.NDArray[np.int64]:
-        """int64 of the keys that are waited for."""
+        """int64 of the keys that are waited for, in no order."""
         keys = awaited_by_lane(self._segment)
         return keys[keys >= 0]
+
+    def in_turn(self) -> list[int]:
+        """The keys that are waited for, those of the longest waiters first: no lane starves another.
+
+        To be called regularly: a wait is as old as the first of these calls that saw it.
+        """
+        waits = [(lane, key) for lane, key in enumerate(awaited_by_lane(self._segment).tolist()) if key >= 0]
+        arrivals = {}
+        for wait in waits:
+            self._arrived += wait not in self._arrivals
+            arrivals[wait] = self._arrivals.get(wait, self._arrived)
+        self._arrivals = arrivals
+        return [key for _, key in sorted(waits, key=arrivals.__getitem__)]
 
     def lanes(self, key: int) -> list[int]:
         """The lanes that wait for an expert."""
@@ -59,8 +74,13 @@ class Waiters:
         return found
 
     def wake(self, key: int) -> None:
-        """Ring the bell of every lane that waits for an expert. (wait word / expert word)"""
-        for lane in self.lanes(key):
+        """Ring the bell of every lane that waits for an expert, or for another of its layer. (wait word / expert word)
+
+        A worker names one of the experts that it needs of a layer, and takes whichever comes first.
+        """
+        num_experts = self._segment.config.num_experts
+        layers = awaited_by_lane(self._segment) // num_experts
+        for lane in np.flatnonzero(layers == key // num_experts).tolist():
             if lane not in self._semaphores:
                 self._semaphores[lane] = open_semaphore(self._segment, lane)
             ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphores[lane])

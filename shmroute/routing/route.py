@@ -127,6 +127,8 @@ def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int)
     count = 0
     for pair in range(tokens * k):
         expert = int(experts[pair])
+        if expert < 0 or expert >= num_experts:
+            continue  # the caller's array changed under this call: two threads share it, or it overlaps `weights`
         tick = pair // k + 1
         if last[expert] < 0:
             last[expert], map_b[expert], map_c[expert], times[expert] = 0, 0.0, NO_CLAMP, 0

@@ -31,7 +31,8 @@ from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.words import ARMED, AWAKE, HUNGRY, RUNG, bell_epoch, bell_state, pack_bell
 
 SLICE = 1.0
-"""Longest single wait on a semaphore, in seconds: `posix_ipc` waits by the real-time clock, which may jump."""
+"""Longest single wait on a semaphore, in seconds: `posix_ipc` waits by the real-time clock, which may jump ahead. A
+jump back lengthens the wait that is under way, and no other."""
 
 
 @kernel(types.void(types.int64, types.int64))

@@ -14,8 +14,8 @@ out keep that order: clear first, free last. So a death during either leaves a l
 reaper does it over. Only the holder of the pager's lock reaps: a second reaper could clear the bits of the lane's
 *next* worker, after the first has freed it.
 
-(lane claim / header state): a worker claims its lane, then loads the header's state; whoever destroys stores the
-state, then loads the lanes. One sees the other.
+(lane claim / header state): a worker claims its lane, then loads the header's state; whoever removes a segment because
+nobody uses it stores the state, then loads the lanes once more (`claim_if_unused`). One sees the other.
 """
 
 from __future__ import annotations
@@ -82,9 +82,16 @@ def lane_identities(segment: Segment) -> dict[int, int]:
     return found
 
 
-def free_lane(segment: Segment, lane: int) -> None:
-    """`vacate`, for a lane of a segment."""
+def free_lane(segment: Segment, lane: int, identity: int) -> bool:
+    """`vacate` a lane if it still bears this very identity word, generation included; whether it did.
+
+    Between finding out that a worker has ended and this call, the worker may have left its lane itself (before it
+    ended), and another may have taken it. If the word is still that of a dead process it cannot change any more: the
+    dead do not vacate, and only the holder of the pager's lock frees for them.
+    """
     layout = segment.layout
+    if segment.read(layout.lane(lane) + LANE_IDENTITY) != identity:
+        return False
     vacate(
         segment.address + layout.lane(lane),
         segment.address + layout.experts,
@@ -92,6 +99,7 @@ def free_lane(segment: Segment, lane: int) -> None:
         layout.num_layers,
         1 << lane,
     )
+    return True
 
 
 def reap(segment: Segment) -> int:
@@ -102,17 +110,15 @@ def reap(segment: Segment) -> int:
     int
         How many were freed.
     """
-    dead = [lane for lane, identity in lane_identities(segment).items() if is_dead(identity)]
-    for lane in dead:
-        free_lane(segment, lane)
-    return len(dead)
+    dead = {lane: identity for lane, identity in lane_identities(segment).items() if is_dead(identity)}
+    return sum(free_lane(segment, lane, identity) for lane, identity in dead.items())
 
 
 def free_own_leftovers(segment: Segment, identity: int) -> None:
     """Free a lane that bears this process's own identity from before an ``execv``."""
     for lane, holder in lane_identities(segment).items():
         if same_process(holder, identity):
-            free_lane(segment, lane)
+            free_lane(segment, lane, holder)
 
 
 def live_lanes(segment: Segment) -> list[int]:

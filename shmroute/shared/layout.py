@@ -137,8 +137,8 @@ class Layout:
         put(self, "row_bytes", _round_up(self.num_experts * WORD, LINE))
         put(self, "resident_row_bytes", _round_up(-(-self.num_experts // 64) * WORD, LINE))
         put(self, "lane_bytes", _round_up(LANE_BASELINE + metrics.LANE_SHARD_WORDS * WORD, LINE))
-        # Each expert is queued once at most, so a ring of all of them is never full of demands; beyond 8192 the
-        # sweep covers the rare overflow.
+        # Room for a demand of every expert, up to 8192. Upgrades and hints push too, so it may be full all the same;
+        # the sweep then finds what was not pushed.
         put(self, "ring_bits", min(max((self.num_layers * self.num_experts - 1).bit_length(), 4), 13))
 
         region("clock", self.num_layers * LINE)

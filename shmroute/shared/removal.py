@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from shmroute.shared.bell import unlink_semaphore
@@ -36,6 +38,25 @@ def claim_destruction(segment: Segment) -> bool:
                 return False
         if segment.swap(HEADER_STATE, word, me):
             return True
+
+
+def claim_if_unused(segment: Segment, in_use: Callable[[], bool]) -> bool:
+    """`claim_destruction`, taken back if somebody came to use the segment meanwhile. (lane claim / header state)
+
+    Only the holder of the pager's lock may call this: then no pager has left because of a claim that is taken back.
+
+    Parameters
+    ----------
+    in_use : callable
+        Whether anybody uses the segment; asked before and after the claim.
+    """
+    before = segment.read(HEADER_STATE)
+    if in_use() or not claim_destruction(segment):
+        return False
+    if not in_use():
+        return True
+    segment.swap(HEADER_STATE, own_identity(DESTROYING), before)
+    return False
 
 
 def unlink_segment(segment: Segment) -> None:
@@ -69,13 +90,16 @@ def orphans() -> list[Path]:
     companions = [(path, match[1]) for path in SHM.iterdir() if (match := _COMPANION.fullmatch(path.name))]
     alive = set()
     for name in segment_names():
-        with contextlib.suppress(OSError):
+        # Another user's has companions of that user. Any other error: one that cannot be read is none the less there.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             alive.add(_uuid_of(segment_path(name)))
     return sorted(path for path, uuid in companions if uuid not in alive and _is_own(path))
 
 
 def _uuid_of(path: Path) -> str:
-    """What a segment's header says its uuid is; nothing is checked."""
+    """What a segment's header says its uuid is, "" if the file is no regular one; nothing else is checked."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return ""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO
     try:
         return os.pread(fd, 16, HEADER_UUID).hex()

@@ -70,8 +70,6 @@ PREFIX = "shmroute."
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_CONFIG_BYTES = 1 << 20
-MAX_FILE_BYTES = (1 << 63) - 1
-"""What an offset in a file can say; settings may ask for more."""
 
 
 def checked_name(name: str) -> str:
@@ -273,7 +271,7 @@ def _layout(config: RuntimeConfig, config_bytes: int) -> Layout:
 def _reserve(fd: int, size: int) -> None:
     """Take the memory now: a full tmpfs is an error here, not a SIGBUS later."""
     try:
-        os.posix_fallocate(fd, 0, min(size, MAX_FILE_BYTES))
+        os.posix_fallocate(fd, 0, size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise

@@ -21,7 +21,7 @@ from shmroute.errors import (
     SegmentNotFoundError,
 )
 from shmroute.shared.lanes import lane_identities
-from shmroute.shared.segment import attach_segment, segment_path
+from shmroute.shared.segment import SHM, attach_segment, segment_path
 
 
 def test_the_exit_of_an_attached_process_never_removes_the_segment(world: World) -> None:
@@ -294,3 +294,44 @@ def test_an_attachment_that_is_being_closed_is_waited_for_by_the_next(world: Wor
         assert second._attachment is not first._attachment
     closer.join(PATIENCE)
     assert order == ["closed", "attached"]
+
+
+@pytest.mark.parametrize("milliseconds", [1, 2, 4, 8, 16])
+def test_an_owner_killed_while_it_closes_leaves_nothing(world: World, milliseconds: int) -> None:
+    code = (
+        "import os, sys, threading, shmroute\n"
+        "from shmroute import RuntimeConfig; from shmroute.sources import SyntheticSource\n"
+        "source = SyntheticSource(1, 4, 8, 8)\n"
+        "config = RuntimeConfig.from_checkpoint(source, '50%', max_workers=4)\n"
+        "runtime = shmroute.create(sys.argv[1], config, pager=True)\n"
+        "print(runtime._attachment.segment.uuid, flush=True)\n"
+        "threading.Timer(int(sys.argv[2]) / 1000, os.kill, (os.getpid(), 9)).start()\n"
+        "runtime.close()\n"
+        "threading.Event().wait()\n"
+    )
+    command = [sys.executable, "-c", code, world.name, str(milliseconds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE)
+    uuid = done.stdout.strip()
+    eventually(lambda: not [path for path in SHM.iterdir() if uuid in path.name or path.name.endswith(world.name)])
+
+
+def test_a_new_worker_waits_until_the_pager_has_buried_the_dead(world: World) -> None:
+    world.create(tick=2, max_workers=1)
+    first = world.worker()
+    first.do("visit", layer=0, experts=[0])
+    first.kill()
+    assert world.worker().do("visit", layer=0, experts=[1]) == {"1": [world.truth(0, 1)]}
+
+
+def test_a_thread_that_queues_behind_a_waiting_one_gets_what_arrives_meanwhile(world: World) -> None:
+    runtime = world.create(io_threads=2)
+    world.close_gate(0, 1)
+    slow = threading.Thread(target=lambda: runtime.expert(0, 1, PATIENCE).__enter__())
+    slow.start()
+    world.await_read(0, 1)
+    eventually(lambda: world.awaited() == {(0, 1)})
+    with runtime.expert(0, 5, PATIENCE) as w:
+        assert w.raw.size == runtime.config.expert_bytes
+    assert world.awaited() == {(0, 1)}
+    world.open_gate()
+    slow.join()

@@ -187,3 +187,13 @@ def test_a_single_token_without_finite_logits_is_row_zero(make_runtime: Callable
         runtime.router(0).route(np.full(8, np.nan, np.float32))
     assert error.value.row == 0
     assert runtime.router(0).route(GOOD).experts.shape == (6, 2)
+
+
+def test_output_arrays_that_overlap_give_nonsense_but_touch_nothing_else(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime(num_experts=8, top_k=2)
+    memory = np.zeros(2 * 64 + 2, np.int32)
+    experts = memory[:128].reshape(64, 2)
+    weights = memory[2:].view(np.float32).reshape(64, 2)
+    logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    runtime.router(0).route_into(logits, experts, weights)
+    assert runtime.affinity(0).activations().sum() <= 128

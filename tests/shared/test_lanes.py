@@ -14,11 +14,13 @@ from runtimes import Residency, run_python
 
 from shmroute.errors import NoWorkerLane
 from shmroute.lifecycle import attach
+from shmroute.pager import reaper
 from shmroute.runtime import Runtime
+from shmroute.shared import lanes
 from shmroute.shared.atomic import WORD, load, store
 from shmroute.shared.experts import lease
-from shmroute.shared.identity import own_identity
-from shmroute.shared.lanes import claim, free_own_leftovers, lane_identities, live_lanes, reap, vacate
+from shmroute.shared.identity import own_identity, process_stat
+from shmroute.shared.lanes import claim, free_lane, free_own_leftovers, lane_identities, live_lanes, reap, vacate
 from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
 from shmroute.shared.words import (
     LIVE,
@@ -185,3 +187,23 @@ with shmroute.attach(sys.argv[1]) as runtime:
     metrics = runtime.metrics()
     assert metrics.workers[0].counters["tokens"] == metrics.workers[0].route.total == 1
     assert metrics.total.counters["tokens"] == metrics.total.route.total == 11
+
+
+def test_a_lane_that_changed_hands_is_not_freed_for_its_former_worker(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may vacate, end, and be succeeded between a reaper's look at the lanes and its look at the dead."""
+    segment = make_runtime()._attachment.segment
+    ended = subprocess.Popen(["sleep", "60"])
+    former = pack_identity(LIVE, 0, process_stat(ended.pid)[1], ended.pid)
+    ended.kill()
+    ended.wait()
+    layout = segment.layout
+    lane = claim(segment.address + layout.lanes, layout.lane_bytes, segment.config.max_workers, own_identity())
+    held = lane_identities(segment)
+    for module, bury in ((lanes, lambda: reap(segment)), (reaper, reaper.Reaper(segment).reap)):
+        monkeypatch.setattr(module, "lane_identities", lambda _: {lane: former})
+        assert bury() == 0
+        monkeypatch.undo()
+    assert lane_identities(segment) == held
+    assert free_lane(segment, lane, held[lane])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -36,10 +37,11 @@ from shmroute.errors import (
 from shmroute.lifecycle import attach, create, destroy
 from shmroute.runtime import Runtime
 from shmroute.shared import layout as at
+from shmroute.shared import removal
 from shmroute.shared.atomic import WORD
 from shmroute.shared.identity import own_identity, process_stat
 from shmroute.shared.pool import Pool
-from shmroute.shared.removal import claim_destruction, orphans, segment_names, unlink_segment
+from shmroute.shared.removal import claim_destruction, claim_if_unused, orphans, segment_names, unlink_segment
 from shmroute.shared.segment import (
     MAX_CONFIG_BYTES,
     SHM,
@@ -177,12 +179,12 @@ def test_a_name_can_be_used_again_when_everybody_is_dead(name: str) -> None:
     left.close()
 
 
-@pytest.mark.parametrize("excess", [1 << 30, 1 << 62, 1 << 63])
+@pytest.mark.parametrize("excess", [1 << 30, 1 << 61])
 def test_a_segment_that_does_not_fit_is_refused_with_the_numbers(name: str, excess: int) -> None:
     filesystem = os.statvfs(SHM)
     size = filesystem.f_blocks * filesystem.f_frsize + excess
     slots = 1 + size // (1 << 40) if size > 1 << 40 else 1
-    config = small_config(expert_bytes=min(size, 1 << 40), slots=slots)
+    config = small_config(num_layers=1024, num_experts=4096, expert_bytes=min(size, 1 << 40), slots=slots)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(
         SharedMemoryFullError, match=r"needs \d+ bytes, /dev/shm has \d+ free: give it a smaller"
@@ -527,3 +529,23 @@ print(runtime.router(0).route(np.arange(8, dtype=np.float32)).experts.tolist())
     assert ended.stderr == ""
     assert attach_and_close(runtime.name) == runtime._attachment.segment.uuid
     assert np.array_equal(runtime.affinity(0).activations(), [0, 0, 0, 0, 0, 0, 1, 1])
+
+
+def test_a_claim_is_taken_back_if_somebody_came_meanwhile(segment: Segment) -> None:
+    state = segment.read(at.HEADER_STATE)
+    answers = iter([False, True])
+    assert not claim_if_unused(segment, lambda: next(answers))
+    assert segment.read(at.HEADER_STATE) == state
+    assert not claim_if_unused(segment, lambda: True)
+    assert not segment.closing
+    assert claim_if_unused(segment, lambda: False)
+    assert segment.closing
+
+
+def test_a_segment_that_cannot_be_read_is_not_taken_for_gone(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(removal, "_uuid_of", refuse)
+    with pytest.raises(OSError, match="too many"):
+        orphans()
