@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -64,7 +65,7 @@ def demo(
     # As Ctrl-C does: leave the `with` blocks, which end the workers and remove the cache.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console.print(
-        f"{folder}: {config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} "
+        f"{os.path.relpath(folder)}: {config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} "
         f"slots for {config.num_layers * config.num_experts} experts ({config.budget_bytes:,} bytes)",
         highlight=False,
         soft_wrap=True,
