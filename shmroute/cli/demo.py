@@ -64,9 +64,10 @@ def demo(
     config = show.config
     # As Ctrl-C does: leave the `with` blocks, which end the workers and remove the cache.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    total = config.num_layers * config.num_experts
     console.print(
-        f"{os.path.relpath(folder)}: {config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; {config.slots} "
-        f"slots for {config.num_layers * config.num_experts} experts ({config.budget_bytes:,} bytes)",
+        f"{os.path.relpath(folder)}: {config.num_layers} layers × {config.num_experts} experts, top-{config.top_k}; "
+        f"{config.slots} slots for {total} experts ({config.budget_bytes:,} bytes)",
         highlight=False,
         soft_wrap=True,
     )
