@@ -181,6 +181,7 @@ class Attachment:
         deadline = time.monotonic() + 2 * segment.config.pager.tick + REAP_PATIENCE
         while number < 0 and len(lanes.live_lanes(segment)) < segment.config.max_workers:
             # The dead fill the lanes: they are reaped here, or by whoever holds the lock.
+            segment.check_live()
             with PagerLock(segment) as lock:
                 if lock.try_acquire():
                     lanes.reap(segment)

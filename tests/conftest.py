@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ from shmroute.config import RuntimeConfig
 from shmroute.lifecycle import create
 from shmroute.runtime import Runtime
 from shmroute.shared.segment import PREFIX, SHM
+
+# Whoever runs the tests in the background ignores these for all its children; the tests send them to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
