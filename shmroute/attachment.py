@@ -106,9 +106,9 @@ class Attachment:
         self._identity = own_identity()  # now, while there is a descriptor to find it out with
         self._lane: Lane | None = None
         self._pager_semaphore: Semaphore | None = None
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # re-entrant, since a signal handler may come in the middle of anything
         self._idle = threading.Condition(self._mutex)
-        self._in_use = 0
+        self._in_use: dict[int, int] = {}
         self._closed: str | None = None
         self._before_close: list[Callable[[], None]] = []
         self._source: ExpertSource | None = None
@@ -137,16 +137,26 @@ class Attachment:
         RuntimeClosedError
             If it is gone.
         """
+        thread = threading.get_ident()
         with self._mutex:
             self.check_open()
-            self._in_use += 1
+            self._in_use[thread] = self._in_use.get(thread, 0) + 1
         try:
             yield self.segment
         finally:
             with self._mutex:
-                self._in_use -= 1
-                if self._in_use == 0:
+                self._in_use[thread] -= 1
+                if self._in_use[thread] == 0:
+                    del self._in_use[thread]
                     self._idle.notify_all()
+
+    def check_idle_here(self) -> None:
+        """Raise `RuntimeError` if this thread is in the middle of using it, so that closing would wait for itself."""
+        if threading.get_ident() in self._in_use:
+            raise RuntimeError(
+                "close() was called by a signal handler in the middle of another call to the runtime, which it would "
+                "wait for; raise an exception from the handler instead (sys.exit(), say) and close outside of it"
+            )
 
     def before_close(self, action: Callable[[], None]) -> None:
         """Have `action` run when everything is let go, while the mapping is still there."""
@@ -309,9 +319,9 @@ class Attachment:
             f"the runtime {self.segment.name!r} belongs to the process that forked this one; attach to it again here"
         )
         self._lane = None
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._idle = threading.Condition(self._mutex)
-        self._in_use = 0
+        self._in_use = {}
         self.pool.forget()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # the parent's open views are not the child's leak

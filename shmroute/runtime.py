@@ -222,10 +222,16 @@ class Runtime:
         Leases still held by other threads are released, waits end with `RuntimeClosedError`. Views of weights that are
         still referenced keep their memory mapped until they go (a `ResourceWarning` says so), but their bytes may
         change from now on. Does nothing the second time.
+
+        Raises
+        ------
+        RuntimeError
+            If a signal handler calls this in the middle of another call of the same thread; nothing has changed.
         """
-        _open_runtimes.discard(self)
         if os.getpid() != self._pid:
             return  # a forked child holds nothing, and the mutex may belong to a thread that does not exist here
+        self._attachment.check_idle_here()
+        _open_runtimes.discard(self)
         with self._mutex:
             if self._closed:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -218,3 +219,18 @@ def test_a_bonus_reads_back_as_it_was_written(runtime: shmroute.Runtime) -> None
     for bonus in (0.3, 0.15, 0.0, 123.456789):
         router.cache_bonus = bonus
         assert router.cache_bonus == bonus
+
+
+def test_closing_from_a_signal_handler_in_the_middle_of_a_call_is_an_error(runtime: shmroute.Runtime) -> None:
+    with shmroute.attach(runtime.name) as rt:
+
+        def handle(number: int, frame: object) -> None:
+            rt.close()
+
+        former = signal.signal(signal.SIGALRM, handle)
+        try:
+            with pytest.raises(RuntimeError, match="signal handler"), rt._attachment.in_use():
+                signal.raise_signal(signal.SIGALRM)
+        finally:
+            signal.signal(signal.SIGALRM, former)
+        assert rt.metrics().slots == 24
