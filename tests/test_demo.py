@@ -70,6 +70,16 @@ def test_a_demo_without_its_data_says_where_it_looked(tmp_path: Path) -> None:
     assert "activations.npz" in done.stderr
 
 
+def test_a_checkpoint_that_the_reference_cannot_read_is_one_line(tmp_path: Path) -> None:
+    for name in ("config.json", "activations.npz"):
+        (tmp_path / name).symlink_to(FOLDER / name)
+    (tmp_path / "other.safetensors").symlink_to(FOLDER / "model.safetensors")
+    done = run_demo("--data", str(tmp_path))
+    assert done.returncode == 1
+    assert "CheckpointError" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_reference_routes_like_a_plain_softmax_top_k() -> None:
     hidden = Recording.load(FOLDER).stream("faq", 8)
     outputs, choices = dense_reference(FOLDER, hidden, 2)

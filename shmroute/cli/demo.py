@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,10 +21,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from shmroute.config import RouterConfig
+from shmroute.demo.run import Demo, Progress, RunReport, WorkerReport, shortcomings
 from shmroute.errors import ConfigError
-
-if TYPE_CHECKING:
-    from shmroute.demo.run import Progress, RunReport, WorkerReport
 
 PLAIN_INTERVAL = 1.0
 """Seconds between progress lines where there is no terminal."""
@@ -52,9 +51,6 @@ def demo(
 
     Example: shmroute demo --budget 25%
     """
-    from shmroute.config import RouterConfig  # noqa: PLC0415
-    from shmroute.demo.run import Demo, shortcomings  # noqa: PLC0415 - numpy and numba are not needed for --help
-
     console = Console(stderr=as_json)
     folder = data or default_folder()
     if not folder.is_dir():

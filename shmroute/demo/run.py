@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 
 import shmroute
 from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.demo.recording import Recording
 from shmroute.demo.reference import dense_reference
-from shmroute.errors import ShmrouteError
+from shmroute.errors import CheckpointError, ShmrouteError
 from shmroute.metrics import RuntimeMetrics
 
 TOLERANCE = 1e-3
@@ -141,8 +142,20 @@ class Demo:
         self.config = RuntimeConfig.from_checkpoint(folder, budget)
 
     def compute_reference(self) -> None:
-        """Compute what the model does without a cache; before the first run."""
-        self._outputs, self._choices = dense_reference(self.folder, self.recording.hidden, self.config.top_k)
+        """Compute what the model does without a cache; before the first run.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder is not one that the reference, which is deliberately simple, can read.
+        """
+        try:
+            self._outputs, self._choices = dense_reference(self.folder, self.recording.hidden, self.config.top_k)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                str(self.folder / "model.safetensors"),
+                f"the demo's dense reference reads a Mixtral checkpoint in this one file, and could not: {error}",
+            ) from error
 
     def run(self, bonus: float, watch: Callable[[Progress], None]) -> RunReport:
         """Play all streams at once, each in a worker process of its own.

@@ -38,14 +38,13 @@ class Slots:
         self.evictions = 0
         self.page_outs = 0
 
-    def adopt(self) -> list[int]:
-        """Take the table for the truth, as it was found: every slot that no word names is free; the requested keys."""
-        requested = self._table.scan(self._eviction.owners)
+    def adopt(self) -> None:
+        """Take the table for the truth, as a former pager left it: every slot that no word names is free."""
+        self.scan()
         self._free = np.flatnonzero(self._eviction.owners < 0)[::-1].tolist()
-        return requested
 
     def scan(self) -> list[int]:
-        """Read the table once more; the requested keys."""
+        """Read the table once, for the owners of slots; the requested keys."""
         return self._table.scan(self._eviction.owners)
 
     def evict_first(self, key: int) -> None:

@@ -133,8 +133,8 @@ def begin_load(word_address: int, slot: int) -> bool:
 @kernel(types.void(types.int64, types.int64, types.int64, types.int64))
 def publish(word_address: int, resident_row: int, expert: int, slot: int) -> None:
     """LOADING(slot) to RESIDENT(slot), then the bitmap: the load becomes visible here and nowhere else."""
-    cas(word_address, pack_expert(LOADING, 0, slot, 0), pack_expert(RESIDENT, 0, slot, 0))  # linearization point
-    fetch_or(resident_row + (expert >> 6) * WORD, 1 << (expert & 63))
+    if cas(word_address, pack_expert(LOADING, 0, slot, 0), pack_expert(RESIDENT, 0, slot, 0)):  # linearization point
+        fetch_or(resident_row + (expert >> 6) * WORD, 1 << (expert & 63))
 
 
 @kernel(types.void(types.int64, types.int64, types.int64, types.int64))
