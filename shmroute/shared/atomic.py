@@ -6,7 +6,8 @@ two bodies:
 
 - *compiled*: inside a kernel, a call to the very function that `atomics` itself would call. Its pointer is taken
   from the package once, at import, and registered as a symbol, so that cached machine code finds it again.
-- *interpreted*: from Python, and inside kernels when ``NUMBA_DISABLE_JIT=1``, the package's view API.
+- *interpreted*: from Python, and inside kernels when ``NUMBA_DISABLE_JIT=1``, the package's view API, or another
+  `Machine` that stands in for it (`interpreted_by`).
 
 All operations are sequentially consistent, and `cas` is strong. Words are **signed** 64-bit integers in both
 modes: mixing unsigned and signed ones makes floats in Numba. `shmroute.shared.words` packs and unpacks them.
@@ -18,9 +19,11 @@ Addresses are plain integers and must be multiples of 8. Nothing here checks the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import llvmlite.binding
 import numba
@@ -163,6 +166,19 @@ def _monotonic_ns(typingctx: Any) -> Any:
 
 # ------------------------------------------------------------------ interpreted bodies
 
+
+class Machine(Protocol):
+    """What carries out interpreted operations; words go in and come out as signed integers."""
+
+    def load(self, address: int) -> int: ...
+    def store(self, address: int, value: int) -> None: ...
+    def exchange(self, address: int, value: int) -> int: ...
+    def cas(self, address: int, expected: int, desired: int) -> bool: ...
+    def fetch_add(self, address: int, value: int) -> int: ...
+    def fetch_and(self, address: int, mask: int) -> int: ...
+    def fetch_or(self, address: int, mask: int) -> int: ...
+
+
 _views: dict[int, tuple[Any, Any]] = {}
 """Open `atomics` views by address: opening one costs tens of microseconds."""
 
@@ -194,39 +210,81 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value & _SIGN else value
 
 
+class _Package:
+    """The operations of the `atomics` package's own Python layer."""
+
+    def load(self, address: int) -> int:
+        return signed(_view(address).load())
+
+    def store(self, address: int, value: int) -> None:
+        _view(address).store(int(value) & _MASK)
+
+    def exchange(self, address: int, value: int) -> int:
+        return signed(_view(address).exchange(int(value) & _MASK))
+
+    def cas(self, address: int, expected: int, desired: int) -> bool:
+        return bool(_view(address).cmpxchg_strong(int(expected) & _MASK, int(desired) & _MASK).success)
+
+    def fetch_add(self, address: int, value: int) -> int:
+        return signed(_view(address).fetch_add(int(value) & _MASK))
+
+    def fetch_and(self, address: int, mask: int) -> int:
+        return signed(_view(address).bin_fetch_and(int(mask) & _MASK))
+
+    def fetch_or(self, address: int, mask: int) -> int:
+        return signed(_view(address).bin_fetch_or(int(mask) & _MASK))
+
+
+_machine: Machine = _Package()
+
+
+@contextlib.contextmanager
+def interpreted_by(machine: Machine) -> Iterator[None]:
+    """Have another machine carry out interpreted operations for the length of a block.
+
+    A scheduler of simulated processes stands in between a kernel and memory this way. Compiled code is not affected.
+    """
+    global _machine  # noqa: PLW0603 - kernels are plain functions and find their machine here
+    former, _machine = _machine, machine
+    try:
+        yield
+    finally:
+        _machine = former
+
+
 def load(address: int) -> int:
     """The word at `address`."""
-    return signed(_view(address).load())
+    return _machine.load(address)
 
 
 def store(address: int, value: int) -> None:
     """Set the word at `address`."""
-    _view(address).store(int(value) & _MASK)
+    _machine.store(address, value)
 
 
 def exchange(address: int, value: int) -> int:
     """Set the word at `address` and return what it was."""
-    return signed(_view(address).exchange(int(value) & _MASK))
+    return _machine.exchange(address, value)
 
 
 def cas(address: int, expected: int, desired: int) -> bool:
     """If the word at `address` is `expected`, make it `desired`; whether it was."""
-    return bool(_view(address).cmpxchg_strong(int(expected) & _MASK, int(desired) & _MASK).success)
+    return _machine.cas(address, expected, desired)
 
 
 def fetch_add(address: int, value: int) -> int:
     """Add to the word at `address`, modulo 2^64, and return what it was."""
-    return signed(_view(address).fetch_add(int(value) & _MASK))
+    return _machine.fetch_add(address, value)
 
 
 def fetch_and(address: int, mask: int) -> int:
     """And the word at `address` with `mask` and return what it was."""
-    return signed(_view(address).bin_fetch_and(int(mask) & _MASK))
+    return _machine.fetch_and(address, mask)
 
 
 def fetch_or(address: int, mask: int) -> int:
     """Or the word at `address` with `mask` and return what it was."""
-    return signed(_view(address).bin_fetch_or(int(mask) & _MASK))
+    return _machine.fetch_or(address, mask)
 
 
 def monotonic_ns() -> int:
