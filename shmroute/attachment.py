@@ -28,8 +28,7 @@ from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import Semaphore, listen, mark, unlink_semaphore
 from shmroute.shared.identity import own_identity
-from shmroute.shared.layout import HEADER_BELL, LANE_BASELINE, LANE_BELL, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
-from shmroute.shared.metrics import LANE_SHARD_WORDS
+from shmroute.shared.layout import HEADER_BELL, LANE_BELL, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
 from shmroute.shared.pool import Pool
 from shmroute.shared.segment import Segment
 from shmroute.sources import ExpertSource
@@ -72,7 +71,6 @@ class Lane:
         self.semaphore.drain()
         self._sleeping = threading.Lock()
         self._closed = False
-        lanes.copy_words(self.counters, self.address + LANE_BASELINE, LANE_SHARD_WORDS)
 
     def counter(self, index: int) -> int:
         """Address of one of its counters."""

@@ -10,7 +10,7 @@ import numpy as np
 from shmroute.shared.atomic import WORD
 from shmroute.shared.identity import is_dead
 from shmroute.shared.lanes import lane_identities
-from shmroute.shared.layout import HEADER_PAGER, LANE_BASELINE, LANE_SHARD
+from shmroute.shared.layout import HEADER_PAGER, LANE_BASELINE, LANE_IDENTITY, LANE_SHARD
 from shmroute.shared.metrics import (
     LANE_SHARD_WORDS,
     PAGER_SHARD_WORDS,
@@ -82,6 +82,8 @@ def read_metrics(segment: Segment) -> RuntimeMetrics:
         total += shard
         if lane in identities:
             baseline = snapshot_words(base + layout.lane(lane) + LANE_BASELINE, LANE_SHARD_WORDS)
+            if segment.read(layout.lane(lane) + LANE_IDENTITY) != identities[lane]:
+                continue  # it left meanwhile: what was read may be partly its successor's
             workers.append(WorkerMetrics.from_words(shard - baseline, lane, identity_pid(identities[lane])))
     pager = segment.read(HEADER_PAGER)
     pager_words = snapshot_words(base + layout.pager, PAGER_SHARD_WORDS)

@@ -9,10 +9,10 @@ shard. Its number is its bit in every lease mask.
 | the lane's worker | `vacate`, its wait word | wait-free |
 | holder of the pager's lock | `reap` | wait-free per word |
 
-A lane is free when its identity word says NOBODY, and then it is clean: no bit in any mask, no wait word. Both ways
-out keep that order: clear first, free last. So a death during either leaves a lane with a dead identity, and the next
-reaper does it over. Only the holder of the pager's lock reaps: a second reaper could clear the bits of the lane's
-*next* worker, after the first has freed it.
+A lane is free when its identity word says NOBODY, and then it is clean: no bit in any mask, no wait word, and its
+baseline is its shard, so that the next worker begins with counts of 0. Both ways out keep that order: clear first, free
+last. So a death during either leaves a lane with a dead identity, and the next reaper does it over. Only the holder of
+the pager's lock reaps: a second reaper could clear the bits of the lane's *next* worker, after the first has freed it.
 
 (lane claim / header state): a worker claims its lane, then loads the header's state; whoever removes a segment because
 nobody uses it stores the state, then loads the lanes once more (`claim_if_unused`). One sees the other.
@@ -26,11 +26,14 @@ from shmroute.shared.atomic import WORD, cas, load, store
 from shmroute.shared.experts import clear_lane
 from shmroute.shared.identity import is_dead, same_process
 from shmroute.shared.kernel import inner, kernel
-from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
+from shmroute.shared.layout import LANE_BASELINE, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
+from shmroute.shared.metrics import LANE_SHARD_WORDS
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import (
     NOBODY,
     identity_generation,
+    identity_pid,
+    identity_start,
     identity_state,
     pack_identity,
 )
@@ -42,7 +45,12 @@ def claim(lanes: int, lane_bytes: int, count: int, identity: int) -> int:
     for lane in range(count):
         address = lanes + lane * lane_bytes + LANE_IDENTITY
         word = load(address)
-        if identity_state(word) == NOBODY and cas(address, word, identity | word):  # linearization point
+        if identity_state(word) != NOBODY:
+            continue
+        mine = pack_identity(
+            identity_state(identity), identity_generation(word), identity_start(identity), identity_pid(identity)
+        )
+        if cas(address, word, mine):  # linearization point
             return lane
     return -1
 
@@ -54,6 +62,13 @@ def _free(address: int) -> None:
     store(address, pack_identity(NOBODY, identity_generation(word) + 1, 0, 0))
 
 
+@inner
+def _copy_words(source: int, target: int, count: int) -> None:
+    """Copy shared words whose target has one writer."""
+    for i in range(count):
+        store(target + i * WORD, load(source + i * WORD))
+
+
 @kernel(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
 def vacate(lane_address: int, experts: int, row_bytes: int, num_layers: int, bit: int) -> None:
     """Clear everything that a lane holds, then free it.
@@ -62,14 +77,8 @@ def vacate(lane_address: int, experts: int, row_bytes: int, num_layers: int, bit
     """
     clear_lane(experts, row_bytes, num_layers, bit)
     store(lane_address + LANE_WAIT, 0)
+    _copy_words(lane_address + LANE_SHARD, lane_address + LANE_BASELINE, LANE_SHARD_WORDS)
     _free(lane_address + LANE_IDENTITY)
-
-
-@kernel(types.void(types.int64, types.int64, types.int64))
-def copy_words(source: int, target: int, count: int) -> None:
-    """Copy shared words that have one writer; used for a lane's baseline."""
-    for i in range(count):
-        store(target + i * WORD, load(source + i * WORD))
 
 
 def lane_identities(segment: Segment) -> dict[int, int]:

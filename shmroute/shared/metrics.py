@@ -1,15 +1,15 @@
 """Counters and latency histograms, one shard for each lane and one for the pager.
 
 Counters only ever grow, by `fetch_add`, over all the workers that a lane ever had: so a death loses nothing, and the
-sum over lanes is always the whole truth. What *this* worker did is the difference from a baseline that the worker
-copied when it claimed the lane.
+sum over lanes is always the whole truth. What *this* worker did is the difference from a baseline, the counts that the
+lane had when it became free.
 
 A histogram has eight buckets to the octave of nanoseconds, so a percentile read from it is at most 12.5 % high.
 
 | who | may write | when |
 |---|---|---|
 | worker of a lane, any thread; for two counters the pager | its shard | always, `fetch_add` |
-| worker of a lane | its baseline | once, when it claims |
+| whoever frees a lane | its baseline | once, before the lane is free |
 | pager | the pager's shard | always, `fetch_add` |
 | anybody | nothing; reads all | always |
 """

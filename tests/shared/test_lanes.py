@@ -21,7 +21,8 @@ from shmroute.shared.atomic import WORD, load, store
 from shmroute.shared.experts import lease
 from shmroute.shared.identity import own_identity, process_stat
 from shmroute.shared.lanes import claim, free_lane, free_own_leftovers, lane_identities, live_lanes, reap, vacate
-from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
+from shmroute.shared.layout import LANE_BASELINE, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
+from shmroute.shared.metrics import LANE_SHARD_WORDS
 from shmroute.shared.words import (
     LIVE,
     NOBODY,
@@ -33,7 +34,8 @@ from shmroute.shared.words import (
     pack_wait,
 )
 
-LANE = 256
+LANE = LANE_BASELINE + LANE_SHARD_WORDS * WORD
+"""Bytes of a lane."""
 LOGITS = np.arange(8, dtype=np.float32)
 
 
@@ -55,9 +57,11 @@ def test_a_vacated_lane_is_clean_and_of_the_next_generation(memory: Callable[[in
         assert identity_generation(load(lanes)) == generation - 1
         store(experts + WORD, 3 << 58 | 0b101)
         store(lanes + LANE_WAIT, pack_wait(0, 1))
+        store(lanes + LANE_SHARD + (LANE_SHARD_WORDS - 1) * WORD, 100 + generation)
         vacate(lanes, experts, 64, 1, 1)
         assert expert_mask(load(experts + WORD)) == 0b100
         assert load(lanes + LANE_WAIT) == 0
+        assert load(lanes + LANE_BASELINE + (LANE_SHARD_WORDS - 1) * WORD) == 100 + generation
         word = load(lanes + LANE_IDENTITY)
         assert (identity_state(word), identity_pid(word)) == (NOBODY, 0)
         assert identity_generation(word) == generation
