@@ -34,10 +34,11 @@ def parse_bytes(text: str) -> int:
     ConfigError
         If it is no size.
     """
-    match = re.fullmatch(rf"{NUMBER}([A-Za-z]*)\s*", text, re.ASCII)
-    if match is None or match[2].lower() not in UNITS:
+    match = re.fullmatch(rf"{NUMBER}(?:([A-Za-z]+)\s*)?", text, re.ASCII)
+    unit = match and (match[2] or "").lower()
+    if match is None or unit not in UNITS:
         raise ConfigError(f"{text!r} is no size: write bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB")
-    return int(Fraction(match[1]) * UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * UNITS[unit])
 
 
 def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
@@ -71,9 +72,9 @@ def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
             f"a budget is bytes (int), a size ('2GiB') or a share ('50%'), not {budget!r}",
         )
         slots = min(size // slot_bytes, experts)
-    require(
-        slots >= 1,
-        f"a budget of {budget!r} holds no expert: one slot takes {slot_bytes} bytes; "
-        f"the {experts} experts take {experts * slot_bytes} bytes in all",
-    )
+    if slots < 1:
+        raise ConfigError(
+            f"a budget of {budget!r} holds no expert: one slot takes {slot_bytes} bytes; "
+            f"the {experts} experts take {experts * slot_bytes} bytes in all"
+        )
     return slots

@@ -76,7 +76,8 @@ def _remove_unreadable(name: str, force: bool, reason: str) -> None:
     if not force:
         raise SegmentExistsError(f"{reason}; add --force to remove it, whoever uses it")
     path.unlink(missing_ok=True)
-    unlink_orphans(header[HEADER_UUID : HEADER_UUID + 16].hex())  # what goes with it became orphaned just now
+    if len(header) >= HEADER_UUID + 16:
+        unlink_orphans(header[HEADER_UUID : HEADER_UUID + 16].hex())  # what goes with it became orphaned just now
 
 
 def unlink_orphans(uuid: str = "") -> list[Path]:

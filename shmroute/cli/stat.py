@@ -228,6 +228,11 @@ def render(shot: dict[str, Any]) -> RenderableType:
     return Group(*parts, _layers(shot))
 
 
+def _printable(text: str) -> str:
+    """`text` as a terminal can show it: a path may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _process(one: dict[str, Any]) -> str:
     return "-" if one["pid"] is None else f"{one['pid']} {one['state']}"
 
@@ -241,7 +246,7 @@ def _summary(shot: dict[str, Any]) -> Table:
     live = sum(worker["state"] != "dead" for worker in shot["workers"])
     rows = {
         "segment": f"{shot['name']}  {shot['uuid']}" + "  (closing)" * (shot["state"] == "closing"),
-        "checkpoint": f"{shot['checkpoint'] or 'none: routing alone'}",
+        "checkpoint": _printable(shot["checkpoint"] or "none: routing alone"),
         "geometry": f"{shot['num_layers']} layers × {shot['num_experts']} experts, top {shot['top_k']}, "
         f"{human_bytes(shot['expert_bytes'])} each",
         "budget": f"{human_bytes(shot['budget_bytes'])} in {shot['slots']} slots, {shot['resident']} resident",

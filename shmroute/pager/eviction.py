@@ -11,7 +11,7 @@ from shmroute.shared.atomic import WORD, f64_array, i64_array, load
 from shmroute.shared.kernel import kernel
 from shmroute.shared.layout import LINE
 from shmroute.shared.segment import Segment
-from shmroute.shared.words import LOW32, RESIDENT, expert_mask, expert_state
+from shmroute.shared.words import LOW32, RESIDENT, pack_expert
 
 NEVER = -1
 """`loaded_at` of a slot whose expert was loaded by a former pager."""
@@ -40,8 +40,8 @@ def find_victim(table: int, awaited: int, awaited_count: int, boost: float) -> i
         layer, expert = key // words[_NUM_EXPERTS], key % words[_NUM_EXPERTS]
         offset = layer * words[_ROW_BYTES] + expert * WORD
         word = load(words[_EXPERTS] + offset)
-        if expert_state(word) != RESIDENT or expert_mask(word) != 0:
-            continue
+        if word != pack_expert(RESIDENT, 0, slot, 0):
+            continue  # leased, elsewhere, or damaged: `evict` would fail, again and again
         wanted = False
         for i in range(awaited_count):
             wanted |= waiting[i] == key

@@ -156,7 +156,12 @@ def evict(word_address: int, resident_row: int, expert: int, slot: int) -> bool:
 @kernel(types.boolean(types.int64))
 def cancel(word_address: int) -> bool:
     """REQUESTED as a prefetch to ABSENT; False if somebody demands it by now."""
-    return cas(word_address, pack_expert(REQUESTED, PREFETCH, 0, 0), pack_expert(ABSENT, 0, 0, 0))
+    while True:
+        word = load(word_address)
+        if expert_state(word) != REQUESTED or expert_priority(word) > PREFETCH:
+            return False
+        if cas(word_address, word, pack_expert(ABSENT, 0, 0, 0)):
+            return True
 
 
 @kernel(types.void(types.int64, types.int64, types.int64))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shmroute.errors import SegmentLayoutError
 from shmroute.shared.layout import SLOT_HEADER_BYTES, SLOT_LENGTH, SLOT_OWNER, SLOT_PRECISION
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import pack_wait
@@ -82,5 +83,10 @@ class Pool:
         self._weights.clear()
 
     def _bytes(self, slot: int) -> memoryview:
+        if slot >= self._segment.config.slots:
+            raise SegmentLayoutError(
+                f"an expert word of {self._segment.name!r} names slot {slot}, of {self._segment.config.slots}: some "
+                f"process has damaged the segment; destroy it and create it anew"
+            )
         start = self._segment.layout.slot(slot)
         return self._segment.buffer[start : start + self._segment.config.expert_bytes]

@@ -55,6 +55,8 @@ def push(ring: int, bits: int, request: int) -> int:
             cas(ring + RING_TAIL, tail, tail + 1)
             continue
         if ((high32(entry) + 1) & LOW32) != cycle:
+            if load(ring + RING_TAIL) == tail:
+                return FULL  # of no lap that it can be of: damaged. The sweep finds what is not pushed.
             continue  # tail moved on since it was read
         if tail - load(ring + RING_HEAD) >= (1 << bits):
             if load(ring + RING_TAIL) == tail:
@@ -77,6 +79,8 @@ def pop(ring: int, bits: int) -> int:
                 return low32(entry)
         elif ((high32(entry) + 1) & LOW32) == cycle:
             return EMPTY  # linearization point: the load of the entry
+        elif load(ring + RING_HEAD) == head:
+            return EMPTY  # of no lap that it can be of: damaged. The sweep finds what is not popped.
 
 
 @kernel(types.int64(types.int64, types.int64, types.int64))

@@ -337,8 +337,11 @@ def attach_segment(name: str, *, closing: bool = False) -> Segment:
     try:
         status = os.fstat(fd)
         _check_file(path, status)
-        config, layout, uuid = _read_header(path, fd, status.st_size, closing=closing)
-        mapping = _Mapping(path.name, fd, layout.total_bytes)
+        config, layout, uuid = _read_header(path, fd, status, closing=closing)
+        try:
+            mapping = _Mapping(path.name, fd, layout.total_bytes)
+        except ValueError as error:
+            raise SegmentTruncatedError(f"{path} was truncated just now: {error}") from None
     except BaseException:
         os.close(fd)
         raise
@@ -359,8 +362,9 @@ def _check_file(path: Path, status: os.stat_result) -> None:
         )
 
 
-def _read_header(path: Path, fd: int, size: int, *, closing: bool) -> tuple[RuntimeConfig, Layout, str]:
+def _read_header(path: Path, fd: int, status: os.stat_result, *, closing: bool) -> tuple[RuntimeConfig, Layout, str]:
     """Check a segment's header, from the fixed part to the settings; sizes before they are used."""
+    size = status.st_size
     header = os.pread(fd, HEADER_CONFIG, 0)
 
     def word(offset: int) -> int:
@@ -377,6 +381,8 @@ def _read_header(path: Path, fd: int, size: int, *, closing: bool) -> tuple[Runt
         )
     if word(HEADER_TOTAL_BYTES) != size:
         raise SegmentTruncatedError(f"{path} has {size} bytes, its header says {word(HEADER_TOTAL_BYTES)}")
+    if status.st_blocks * 512 < size:  # holes: touching one takes memory, and is a SIGBUS where there is none
+        raise SegmentTruncatedError(f"{path} has {size} bytes, but memory for {status.st_blocks * 512} of them only")
     if word(HEADER_PID_NAMESPACE) != pid_namespace():
         raise SegmentNamespaceError(
             f"{path} was created in another pid namespace; all processes of a runtime must be in one "
@@ -388,7 +394,7 @@ def _read_header(path: Path, fd: int, size: int, *, closing: bool) -> tuple[Runt
     try:
         config = RuntimeConfig.from_json(os.pread(fd, config_bytes, HEADER_CONFIG).decode())
     except (ConfigError, UnicodeDecodeError) as error:
-        raise SegmentLayoutError(f"{path}: the settings in its header cannot be read: {error}") from error
+        raise SegmentLayoutError(f"{path}: the settings in its header cannot be read: {str(error)[:200]}") from error
     layout = _layout(config, config_bytes)
     if layout.total_bytes != size or word(HEADER_FINGERPRINT) != layout.fingerprint:
         raise SegmentLayoutError(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.errors import ConfigError
+from shmroute.sources.bounded_json import shown
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -24,6 +25,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes in which experts are served, by name."""
+
+MAX_DIMENSIONS = 64
+"""As many as NumPy has; it also keeps products of hostile shapes cheap."""
+MAX_EXTENT = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,36 @@ class TensorLayout:
     shape : tuple of int
     dtype : str
         A key of `DTYPES`.
+
+    Raises
+    ------
+    ConfigError
+        If a field is of another type, or the shape impossible. Whether it fits an expert is the runtime's to check.
     """
 
     name: str
     offset: int
     shape: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigError(f"a tensor's name must be a str, not {shown(self.name)}")
+        if type(self.offset) is not int:
+            raise ConfigError(f"the offset of tensor {shown(self.name)} must be an integer, not {shown(self.offset)}")
+        if (
+            not isinstance(self.shape, tuple)
+            or len(self.shape) > MAX_DIMENSIONS
+            or not all(type(extent) is int and 1 <= extent <= MAX_EXTENT for extent in self.shape)
+        ):
+            raise ConfigError(
+                f"the shape of tensor {shown(self.name)} must be at most {MAX_DIMENSIONS} extents from 1, "
+                f"not {shown(self.shape)}"
+            )
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ConfigError(
+                f"the dtype of tensor {shown(self.name)} must be one of {', '.join(DTYPES)}, not {shown(self.dtype)}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -97,10 +126,21 @@ class SourceSpec:
         ``"package.module:callable"``, importable wherever the runtime is attached.
     arguments : dict
         Keyword arguments of the callable; JSON types only.
+
+    Raises
+    ------
+    ConfigError
+        If a field is of another type. Nothing is imported before `open`.
     """
 
     factory: str
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factory, str):
+            raise ConfigError(f"a source's factory must be a str, not {shown(self.factory)}")
+        if not isinstance(self.arguments, dict) or not all(isinstance(name, str) for name in self.arguments):
+            raise ConfigError(f"a source's arguments must be a dict by name, not {shown(self.arguments)}")
 
     def open(self) -> ExpertSource:
         """Open the source.
@@ -108,19 +148,28 @@ class SourceSpec:
         Raises
         ------
         ConfigError
-            If the factory cannot be imported.
+            If the factory cannot be imported, does not take the arguments, or makes no source.
         CheckpointError
             If the source refuses.
         """
         module, _, name = self.factory.partition(":")
         try:
             factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: "" and relative names
             raise ConfigError(
-                f"the source factory {self.factory!r} cannot be imported here ({error}); "
+                f"the source factory {shown(self.factory)} cannot be imported here ({error}); "
                 f"make its module importable in every process that attaches"
             ) from error
-        source: ExpertSource = factory(**self.arguments)
+        try:
+            source: ExpertSource = factory(**self.arguments)
+        except (TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"the source factory {shown(self.factory)} cannot be called with {shown(self.arguments)} ({error})"
+            ) from error
+        if not isinstance(source, ExpertSource) or isinstance(source, type):
+            raise ConfigError(
+                f"the source factory {shown(self.factory)} made a {type(source).__name__}, which is no ExpertSource"
+            )
         return source
 
 

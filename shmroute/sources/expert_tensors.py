@@ -127,18 +127,21 @@ def find_expert_tensors(
                     name,
                 )
 
-    size = (len(config.moe_layers), config.num_experts, PARTS)
-    file, begin = np.empty(size, np.int16), np.empty(size, np.int64)
+    # One layer at a time: config.json may promise a thousand times what the files have.
+    files: list[npt.NDArray[np.int16]] = []
+    begins: list[npt.NDArray[np.int64]] = []
     names: list[tuple[str, str, str]] = []
     gates: list[tuple[str, StoredTensor]] = []
     dtype: str | None = None
-    for row, number in enumerate(config.moe_layers):
+    for number in config.moe_layers:
         layer = _Layer(config, number, layers.get(number, {}), tensors, listing)
-        dtype = layer.place(file[row], begin[row], dtype)
+        files.append(np.empty((config.num_experts, PARTS), np.int16))
+        begins.append(np.empty((config.num_experts, PARTS), np.int64))
+        dtype = layer.place(files[-1], begins[-1], dtype)
         names.append(layer.templates)
         gates.append(layer.gate())
     assert dtype is not None, "a ModelConfig has at least one MoE layer"
-    return ExpertTensors(DTYPE_NAMES[dtype], file, begin, tuple(names), tuple(gates))
+    return ExpertTensors(DTYPE_NAMES[dtype], np.stack(files), np.stack(begins), tuple(names), tuple(gates))
 
 
 def _by_layer(config: ModelConfig, names: Iterable[str], listing: str) -> dict[int, dict[str, str]]:

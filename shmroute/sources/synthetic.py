@@ -11,6 +11,7 @@ import numpy.typing as npt
 import xxhash
 
 from shmroute.errors import ConfigError
+from shmroute.shared.words import MAX_EXPERTS, MAX_LAYERS
 from shmroute.sources.base import DTYPES, ExpertGeometry, SourceSpec, TensorLayout
 
 MAX_DELAY = 3600.0
@@ -37,7 +38,7 @@ class SyntheticSource:
     Parameters
     ----------
     num_layers, num_experts, hidden_size, intermediate_size : int
-        At least 1.
+        At least 1, and no more layers and experts than a runtime can have.
     top_k : int
         From 1 to `num_experts`.
     dtype : str
@@ -67,14 +68,14 @@ class SyntheticSource:
         renormalize: bool = True,
         delay: float = 0.0,
     ) -> None:
-        for name, value in (
-            ("num_layers", num_layers),
-            ("num_experts", num_experts),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("top_k", top_k),
+        for name, value, high in (
+            ("num_layers", num_layers, MAX_LAYERS),
+            ("num_experts", num_experts, MAX_EXPERTS),
+            ("hidden_size", hidden_size, 2**24),
+            ("intermediate_size", intermediate_size, 2**24),
+            ("top_k", top_k, MAX_EXPERTS),
         ):
-            _check_integer(name, value, 1, 2**24)
+            _check_integer(name, value, 1, high)
         _check_integer("seed", seed, 0, 2**64 - 1)
         if top_k > num_experts:
             raise ConfigError(f"top_k is {top_k}, but there are only {num_experts} experts")
