@@ -1,0 +1,132 @@
+"""Broken rules of leases, waiting and eviction."""
+
+from __future__ import annotations
+
+from ..mutation import Mutant
+
+LEASES = (
+    Mutant(
+        "eviction ignores the mask",
+        "only an expert with an empty mask is evicted",
+        "shared.experts:evict",
+        (
+            (
+                "    if not cas(word_address, pack_expert(RESIDENT, 0, slot, 0), pack_expert(ABSENT, 0, 0, 0)):",
+                "    if not cas(word_address, load(word_address), pack_expert(ABSENT, 0, 0, 0)):",
+            ),
+        ),
+        ("leases",),
+    ),
+    Mutant(
+        "eviction ignores wait words",
+        "eviction passes over what a worker waits for",
+        "pager.eviction:find_victim",
+        (("            wanted |= waiting[i] == key", "            pass"),),
+        ("one-slot", "crowd"),
+    ),
+    Mutant(
+        "lease without re-check",
+        "a lease is a CAS from the very word that said RESIDENT",
+        "shared.experts:lease",
+        (
+            (
+                "        if cas(word_address, word, word | bit):  # linearization point",
+                "        fetch_or(word_address, bit)\n        if True:",
+            ),
+        ),
+        ("leases",),
+    ),
+    Mutant(
+        "wait word after the look",
+        "the wait word is stored before the expert word is read again",
+        "leases:Leases.wait",
+        (("            self._set_wait_word(pack_wait(layer, experts[0]))\n", ""),),
+        ("one-slot", "shared", "crowd"),
+    ),
+    Mutant(
+        "lane bell armed after the look",
+        "a waiter arms its bell before it looks at the word",
+        "leases:Leases._wait_armed",
+        (
+            (
+                "                arm(self._lane.bell, 0)\n            found = self.lease_any(layer, experts)\n",
+                "                pass\n"
+                "            found = self.lease_any(layer, experts)\n"
+                "            arm(self._lane.bell, 0)\n",
+            ),
+        ),
+        ("shared", "one-slot", "crowd"),
+    ),
+    Mutant(
+        "no HUNGRY",
+        "a pager without a slot arms its bell for releases too",
+        "pager.daemon:Pager._sleep",
+        (("arm(self._bell, HUNGRY if hungry else 0)", "arm(self._bell, 0)"),),
+        ("one-slot", "crowd"),
+    ),
+    Mutant(
+        "hungry without another look",
+        "a hungry pager looks at masks and wait words again after arming",
+        "pager.daemon:Pager._has_work",
+        (("            or (hungry and self._loader.idle and self._slots.can_evict(self._waiters.keys()))\n", ""),),
+        ("one-slot", "crowd"),
+    ),
+    Mutant(
+        "publish before the load is done",
+        "RESIDENT is written after the last byte",
+        "pager.daemon:Pager._dispatch",
+        (
+            (
+                "            self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))",
+                "            self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))\n"
+                "            publish(self._table.address(key), self._table.resident_row(layer), expert, slot)",
+            ),
+        ),
+        ("shared", "one-slot"),
+    ),
+    Mutant(
+        "the pager grants leases",
+        "only a worker sets its bit: one that has given up would keep its slot for ever",
+        "pager.daemon:Pager._publish",
+        (
+            (
+                "load.expert, load.slot)\n",
+                "load.expert, load.slot)\n        from shmroute.shared.atomic import fetch_or\n"
+                "        for lane in self._waiters.lanes(key):\n"
+                "            fetch_or(self._table.address(key), 1 << lane)\n",
+            ),
+        ),
+        ("impatient",),
+    ),
+    Mutant(
+        "bit before word",
+        "a lease's bit goes when its last holder goes, not when one of them does",
+        "leases:Leases._settle",
+        (
+            (
+                "                if self._counts[offset] == 0:\n                    del self._counts[offset]\n",
+                "                if True:\n                    self._counts.pop(offset, None)\n"
+                "                    self._counts.setdefault(offset, 0)\n",
+            ),
+        ),
+        ("threads",),
+    ),
+    Mutant(
+        "a lease count without its mutex",
+        "one mutex covers the count of a process's leases and their bit",
+        "leases:Leases._settle",
+        (
+            (
+                "                self._counts[offset] -= 1\n                if self._counts[offset] == 0:\n",
+                "                self._counts[offset] -= 1\n                if self._counts[offset] == 0:\n"
+                "                    self._mutex.release()\n",
+            ),
+            (
+                "                    self._attachment.ring_pager(only_hungry=HUNGRY)\n",
+                "                    self._attachment.ring_pager(only_hungry=HUNGRY)\n"
+                "                    self._mutex.acquire()\n",
+            ),
+        ),
+        ("threads",),
+    ),
+)

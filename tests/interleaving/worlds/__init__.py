@@ -1,0 +1,41 @@
+"""What simulated processes do, and what must hold: one file for each protocol."""
+
+from __future__ import annotations
+
+from ..world import World
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring
+
+WORLDS: dict[str, type[World]] = {
+    "ring-pair": ring.RingPair,
+    "ring-two-producers": ring.RingTwoProducers,
+    "ring-two-consumers": ring.RingTwoConsumers,
+    "ring-of-one": ring.RingOfOne,
+    "ring-laps": ring.RingLaps,
+    "bell": bell.Bell,
+    "bell-buffered": bell.BellBuffered,
+    "affinity": affinity.Affinity,
+    "affinity-clamped": affinity.AffinityClamped,
+    "affinity-restamped": affinity.AffinityRestamped,
+    "affinity-half": affinity.AffinityHalf,
+    "affinity-wrapped": affinity.AffinityWrapped,
+    "leases": leases.Leases,
+    "lanes": lanes.Lanes,
+    "lanes-reaped": lanes.LanesReaped,
+    "lanes-inherited": lanes.LanesInherited,
+    "metrics-handed-over": metrics.MetricsHandedOver,
+    "metrics": metrics.Metrics,
+    "creation": lifecycle.Creation,
+    "removal": lifecycle.Removal,
+    "reclaiming": lifecycle.Reclaiming,
+    "owners-end": lifecycle.OwnersEnd,
+    "one-slot": paging.OneSlot,
+    "one-slot-buffered": paging.OneSlotBuffered,
+    "impatient": paging.Impatient,
+    "routing": paging.Routing,
+    "shared": paging.Shared,
+    "crowd": paging.Crowd,
+    "threads": paging.Threads,
+    "takeover": paging.Takeover,
+    "takeover-of-one-slot": paging.TakeoverOfOneSlot,
+}
+"""Every world, by the name that schedules are printed with."""
