@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test stress clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shmroute needs Python 3.11 or newer: make PYTHON=...")'
@@ -19,6 +19,13 @@ test: $(VENV)/.installed  ## set up and run the checkers and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/interleaving
+
+stress: $(VENV)/.installed  ## hours: the long searches, the long fuzzing, a thousand kills, a soak
+	SHMROUTE_STRESS=1 NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/interleaving
+	SHMROUTE_STRESS=1 $(BIN)/pytest tests/fuzz tests/stress/test_process_machine.py
+	$(BIN)/python -m stress.chaos --kills 1000
+	$(BIN)/python -m stress.soak --hours 1
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
