@@ -5,6 +5,21 @@ Sewell, TPHOLs 2009): a store that is not sequentially consistent (`store_releas
 thread's buffer, is seen by that thread, and reaches memory in order, some time; everything else empties the buffer
 first, as locked instructions and ``xchg`` do.
 
+Sequential consistency hides a store that stays behind a later load. These are the pairs of store and load on which
+correctness rests; in brackets what keeps them in order on x86, and the mutant that shows it:
+
+- *bell-A / bell-B*: the pager stores its bell, then loads the ring and what ended; a worker publishes an entry, then
+  loads the bell. (seq_cst store / CAS: "non-seq_cst arm")
+- *lane bell / expert word*: a waiter stores its lane's bell, then loads the word; the pager publishes the word, then
+  loads wait words and bells. (seq_cst store / CAS: "non-seq_cst arm, of lanes and hungry pagers")
+- *mask / HUNGRY*: a pager without a slot stores its bell, then loads masks, wait words; a worker clears its bit, then
+  loads the bell. (seq_cst store / locked and: the same mutant, and "hungry without another look")
+- *wait word / HUNGRY* and *wait word / expert word*: a waiter stores its wait word and its lane's bell, then loads the
+  pager's bell, or the expert word. (Two seq_cst stores, of which one suffices: no mutant of one store shows it.)
+- *lane claim / header state*: a worker claims its lane, then loads the state; a remover claims that, then loads the
+  lanes. (CAS / CAS, which x86 cannot reorder. That each side looks again is shown by "lane without another look" and
+  "removal without another look".)
+
 Every operation is a switch point, before it takes effect. The words are those of the segment itself, read and written
 through ctypes: only one simulated thread is ever at work, so each access is atomic already.
 """
