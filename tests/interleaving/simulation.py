@@ -31,6 +31,8 @@ CHECK_STEPS = 5_000
 """Steps within which what is done before and after a run must end."""
 
 PIDS_FROM = 1000
+NO_PID = 999
+"""Of a process that is not there."""
 
 
 class Discarded(BaseException):

@@ -6,34 +6,27 @@ refused while a lane belongs to the dead; afterwards every lane is free and clea
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
 from typing import ClassVar
-
-import numpy as np
 
 from shmroute.attachment import Lane
 from shmroute.errors import NoWorkerLane
 from shmroute.pager.reaper import Reaper
 from shmroute.pager_lock import PagerLock
 from shmroute.runtime import Runtime
-from shmroute.shared.atomic import WORD
 from shmroute.shared.layout import LANE_IDENTITY
 from shmroute.shared.words import LIVE, RESIDENT, expert_mask, pack_expert, pack_identity
 
-from ..ground import ground
 from ..host import step
-from ..simulation import SimProcess, Simulation, require
-from .paging import SOON, Borrowed, Paging, settings
+from ..simulation import NO_PID, SimProcess, Simulation, require
+from .paging import SOON, Paging, settings
 
 
 class Lanes(Paging):
-    """Each worker attaches, leases the resident expert for a few steps, and leaves, `visits` times."""
+    """Each worker attaches, leases the resident expert for a few steps, and leaves."""
 
     title = "three workers for two lanes, any of them dying; whoever finds no lane reaps"
     config = settings(experts=1, slots=1, workers=2)
     workers: ClassVar[int] = 3
-    visits: ClassVar[int] = 1
     reapers: ClassVar[int] = 0
     rounds: ClassVar[int] = 2
     inherited: ClassVar[bool] = False
@@ -42,9 +35,7 @@ class Lanes(Paging):
     step_bound = 20_000
 
     def populate(self, simulation: Simulation) -> None:
-        real = ground(self.config)
-        self._segment = dataclasses.replace(real, mapping=Borrowed(real.mapping))  # type: ignore[arg-type]
-        self._memory = np.frombuffer(real.buffer, np.int64, real.layout.control_bytes // WORD)
+        real = self._stand()
         real.write(real.layout.experts, pack_expert(RESIDENT, 0, 0, 0))
         real.write(real.layout.resident, 1)
         if self.inherited:
@@ -52,28 +43,27 @@ class Lanes(Paging):
             real.write(lane + LANE_IDENTITY, pack_identity(LIVE, 0, 1, NO_PID))
             real.write(real.layout.experts, pack_expert(RESIDENT, 0, 0, 1))
         self._holders: dict[int, SimProcess] = {}
-        self._workers = [simulation.process(f"worker {n}", partial(self._visit, n)) for n in range(self.workers)]
+        self._workers = [simulation.process(f"worker {n}", self._visit) for n in range(self.workers)]
         for number in range(self.reapers):
             simulation.process(f"reaper {number}", self._reap, mortal=False)
 
-    def _visit(self, number: int) -> None:
+    def _visit(self) -> None:
         process = self._host.here()
-        for _ in range(self.visits):
-            others = sum(not worker.done for worker in self._workers) - 1
-            runtime, lane = self._attached(others)
-            holder = self._holders.get(lane.number)
-            require(holder is None or not holder.alive, f"lane {lane.number} has {holder} and {process}")
-            self._holders[lane.number] = process
-            with runtime.expert(0, 0):
-                for _ in range(3):
-                    step()
-                    mask = expert_mask(self._word(self._segment.layout.experts))
-                    require(mask & lane.bit, f"the lease of {process} was cleared: {mask:b}")
-            del self._holders[lane.number]
-            runtime.close()
+        runtime, lane = self._attached()
+        holder = self._holders.get(lane.number)
+        require(holder is None or not holder.alive, f"lane {lane.number} has {holder} and {process}")
+        self._holders[lane.number] = process
+        with runtime.expert(0, 0):
+            for _ in range(3):
+                step()
+                mask = expert_mask(self._word(self._segment.layout.experts))
+                require(mask & lane.bit, f"the lease of {process} was cleared: {mask:b}")
+        del self._holders[lane.number]
+        runtime.close()
 
-    def _attached(self, others: int) -> tuple[Runtime, Lane]:
+    def _attached(self) -> tuple[Runtime, Lane]:
         while True:
+            others = sum(not worker.done for worker in self._workers) - 1
             runtime = Runtime(self._segment, owner=False)
             try:
                 return runtime, runtime._attachment.lane()
@@ -95,10 +85,6 @@ class Lanes(Paging):
             Reaper(self._segment).reap()
         require(self._quiet(), f"left: {self._lanes()}")
         require(not expert_mask(self._word(self._segment.layout.experts)), "a lease was left")
-
-
-NO_PID = 999
-"""A process that is not there."""
 
 
 class LanesInherited(Lanes):

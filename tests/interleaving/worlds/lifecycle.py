@@ -20,13 +20,11 @@ from shmroute.shared.segment import attach_segment, create_segment
 from shmroute.shared.words import LIVE, pack_identity
 
 from ..host import clear_files, files
-from ..simulation import SimProcess, Simulation, require
+from ..simulation import NO_PID, SimProcess, Simulation, require
 from .paging import SOON, Paging, settings
 
 NAME = "world"
 TRIES = 10
-NO_PID = 999
-"""A process that is not there."""
 
 
 class Lifecycle(Paging):

@@ -6,22 +6,17 @@ does, by the kernels that the runtime counts with.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import ClassVar
-
-import numpy as np
 
 from shmroute.attachment import Lane
 from shmroute.errors import NoWorkerLane
 from shmroute.metrics import read_metrics
 from shmroute.runtime import Runtime
-from shmroute.shared.atomic import WORD
 from shmroute.shared.metrics import LaneCounter, add
 
-from ..ground import ground
 from ..simulation import Simulation, require
-from .paging import SOON, Borrowed, Paging, settings
+from .paging import SOON, Paging, settings
 
 
 class Metrics(Paging):
@@ -35,9 +30,7 @@ class Metrics(Paging):
     step_bound = 60_000
 
     def populate(self, simulation: Simulation) -> None:
-        real = ground(self.config)
-        self._segment = dataclasses.replace(real, mapping=Borrowed(real.mapping))  # type: ignore[arg-type]
-        self._memory = np.frombuffer(real.buffer, np.int64, real.layout.control_bytes // WORD)
+        self._stand()
         self._begun = self._counted = 0
         self._begun_by: dict[int, int] = {}
         self._workers = [simulation.process(f"worker {n}", partial(self._count, c)) for n, c in enumerate(self.counts)]

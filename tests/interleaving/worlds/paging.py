@@ -32,6 +32,7 @@ from shmroute.runtime import Runtime
 from shmroute.shared.atomic import WORD
 from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
 from shmroute.shared.metrics import LANE_COUNTERS, PAGER_COUNTERS
+from shmroute.shared.segment import Segment
 from shmroute.shared.words import (
     LOADING,
     NOBODY,
@@ -139,9 +140,7 @@ class Paging(World):
         return put_back
 
     def populate(self, simulation: Simulation) -> None:
-        real = ground(self.config)
-        self._segment = dataclasses.replace(real, mapping=Borrowed(real.mapping))  # type: ignore[arg-type]
-        self._memory = np.frombuffer(real.buffer, np.int64, real.layout.control_bytes // WORD)
+        self._stand()
         self._timeouts_of_work = 0
         self._pager: Pager
         self._workers: list[SimProcess] = [
@@ -155,6 +154,13 @@ class Paging(World):
             living[0].mortal = len(living) > 1
 
         simulation.on_death.append(spare_the_last)
+
+    def _stand(self) -> Segment:
+        """Stand on a segment in its first state; the one returned is for changing that, before the run."""
+        real = ground(self.config)
+        self._segment = dataclasses.replace(real, mapping=Borrowed(real.mapping))  # type: ignore[arg-type]
+        self._memory = np.frombuffer(real.buffer, np.int64, real.layout.control_bytes // WORD)
+        return real
 
     # ------------------------------------------------------ what the processes do
 
