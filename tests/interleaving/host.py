@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
+import io
 import os
 import pathlib
 import queue
@@ -331,6 +332,7 @@ class Host:
                 unlink_semaphore=self._unlink_semaphore,
             )),
             (fcntl, StandIn(fcntl, lockf=self._lockf)),
+            (sys, StandIn(sys, stderr=io.StringIO())),
             (select, StandIn(select, poll=lambda: Poll(self))),
             (signal, StandIn(signal, signal=self._set_handler, getsignal=lambda number: signal.SIG_DFL)),
             (os, StandIn(

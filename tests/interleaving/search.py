@@ -175,7 +175,7 @@ def shortest(world: type[World], outcome: Outcome, tries: int = 400) -> Outcome:
         while position < len(stretches := _stretches(best)) and tries > 0:
             tries -= 1
             kept = stretches[:position] + stretches[position + size :]
-            again = run(world, Replay([d for stretch in kept for d in stretch], strict=False))
+            again = run(world, Replay([d for stretch in kept for d in stretch], strict=False, timeouts=world.elastic))
             if _kind(again) == _kind(best) and _weight(again) < _weight(best):
                 best = again
             else:

@@ -85,6 +85,28 @@ LEASES = (
         ("shared", "one-slot"),
     ),
     Mutant(
+        "a demanded prefetch is cancelled",
+        "a prefetch is cancelled only while nobody demands it",
+        "shared.experts:cancel",
+        (
+            (
+                "        if expert_state(word) != REQUESTED or expert_priority(word) > PREFETCH:",
+                "        if expert_state(word) != REQUESTED:",
+            ),
+        ),
+        ("hints",),
+    ),
+    Mutant(
+        "the reason after the word",
+        "why a load failed is stored before the word says FAILED",
+        "shared.experts:fail",
+        (
+            ("    store(failure_address, failure)\n", ""),
+            ("pack_expert(FAILED, 0, 0, 0))", "pack_expert(FAILED, 0, 0, 0))\n    store(failure_address, failure)"),
+        ),
+        ("failing",),
+    ),
+    Mutant(
         "the pager grants leases",
         "only a worker sets its bit: one that has given up would keep its slot for ever",
         "pager.daemon:Pager._publish",

@@ -7,12 +7,13 @@ comes, can remove what is left; and when all have left by themselves, nothing is
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import ClassVar
 
 from shmroute.errors import SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, destroy, reclaim
-from shmroute.pager.process import run_pager
+from shmroute.pager.process import Outcome, run_pager
 from shmroute.runtime import Runtime
 from shmroute.shared.layout import HEADER_OWNER
 from shmroute.shared.removal import is_published, orphans
@@ -166,6 +167,45 @@ class Reclaiming(Lifecycle):
 
     def check(self, simulation: Simulation) -> None:
         self._next_user(simulation)
+
+
+class HandOver(Lifecycle):
+    """The first pager is told to stop, and may be killed besides, at any step."""
+
+    title = "a pager that is told to stop, its standby, and two workers"
+    deaths = 1
+
+    def populate(self, simulation: Simulation) -> None:
+        create_segment(NAME, self.config).close()
+        self._pagers = [simulation.process(f"pager {n}", self._serve, mortal=n == 0) for n in range(2)]
+        self._workers = [simulation.process(f"worker {n}", self._work_on, mortal=False) for n in range(2)]
+        simulation.process("operator", self._operate, mortal=False)
+
+    def _serve(self) -> None:
+        segment = attach_segment(NAME)
+        outcome = run_pager(segment, standby=True)
+        require(outcome is not Outcome.CLOSED, "the segment was destroyed by nobody")
+        segment.close()
+
+    def _operate(self) -> None:
+        """Tell the first pager to stop, at once or later; in the end, the other."""
+        self._simulation.sleep(SOON)
+        self._host.signal(self._pagers[0], signal.SIGTERM)
+        self._simulation.wait(lambda: all(worker.done for worker in self._workers))
+        while not all(pager.done for pager in self._pagers):
+            for pager in self._pagers:
+                if not pager.done:
+                    self._host.signal(pager, signal.SIGTERM)
+            self._simulation.sleep(0.5)
+
+    def _work_on(self) -> None:
+        with Runtime(attach_segment(NAME), owner=False) as runtime:
+            for expert in (0, 1):
+                self._demand(runtime, expert)
+
+    def check(self, simulation: Simulation) -> None:
+        require(all(worker.done for worker in self._workers), "a worker is not done")
+        require(all(pager.done for pager in self._pagers), "a pager does not stop")
 
 
 class OwnersEnd(Lifecycle):

@@ -13,6 +13,8 @@ Checked in every run:
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ import shmroute.metrics
 import shmroute.shared.lanes
 import shmroute.shared.metrics
 from shmroute.config import PagerConfig, RuntimeConfig
-from shmroute.errors import ExpertTimeout
+from shmroute.errors import ExpertLoadError, ExpertTimeout
 from shmroute.pager.daemon import Pager
 from shmroute.pager_lock import PagerLock
 from shmroute.runtime import Runtime
@@ -48,12 +50,13 @@ from shmroute.sources import SourceSpec
 from ..ground import ground
 from ..host import Host, step
 from ..machine import StoreBuffers
-from ..simulation import SimProcess, Simulation, require
+from ..simulation import SimProcess, Simulation, Violation, require
 from ..world import World
 
 EXPERT_BYTES = 64
 TIMEOUT = 5.0
 STANDBY_POLL = 0.05
+TRIES = 50
 SOON = 1e-5
 """Simulated seconds until another try, some ten steps: a longer sleep ends when all others wait."""
 
@@ -88,6 +91,27 @@ class SteppedSource:
 
     def close(self) -> None:
         """There is nothing to release."""
+
+
+class FailingSource(SteppedSource):
+    """A source that fails at the first read of each expert.
+
+    Parameters
+    ----------
+    read : set of int
+        Experts that have been read before, by whichever pager.
+    """
+
+    def __init__(self, read: set[int]) -> None:
+        self._read = read
+
+    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+        if expert not in self._read:
+            step()
+            buffer[: EXPERT_BYTES // 2] = bytes(EXPERT_BYTES // 2)
+            self._read.add(expert)
+            raise OSError(errno.EIO, "injected")
+        super().read_into(layer, expert, buffer)
 
 
 class Borrowed:
@@ -198,9 +222,12 @@ class Paging(World):
                 if self._quiet():
                     return
                 self._simulation.sleep(STANDBY_POLL)
-            pager = self._pager = Pager(self._segment, SteppedSource())
+            pager = self._pager = Pager(self._segment, self._source())
             pager.serve(self._quiet)
             pager.close()
+
+    def _source(self) -> SteppedSource:
+        return SteppedSource()
 
     # ------------------------------------------------------ looking, without a step
 
@@ -353,3 +380,50 @@ class Routing(Paging):
         if simulation.deaths_left == self.deaths:
             states = [expert_state(word) for word in self._experts()]
             require(states == [RESIDENT] * 3, f"what was missed is not there: {states}")
+
+
+class Hints(Paging):
+    """Negative demands are hints: -1 prefetches expert 0, -2 expert 1. What is demanded is paged out first."""
+
+    title = "prefetches and page-outs against demands, leases and cancellation"
+    config = dataclasses.replace(
+        settings(experts=2, slots=1, workers=2),
+        pager=PagerConfig(io_threads=2, prefetch=1, prefetch_stale=1e-6),
+    )
+    demands = ((0, -2, 0), (-2, 1, -1))
+
+    def _demand(self, runtime: Runtime, demand: int | tuple[int, ...]) -> None:
+        assert isinstance(demand, int)
+        if demand < 0:
+            runtime.prefetch(0, [-demand - 1])
+            return
+        runtime.page_out(0, demand)
+        super()._demand(runtime, demand)
+
+
+class Failing(Paging):
+    """The first read of each expert fails; whoever waited is told, and tries again after the back-off."""
+
+    title = "loads that fail once: whoever waits is told, and gets the expert afterwards"
+    config = settings(experts=2, slots=1, workers=2)
+    demands = ((0,), (0, 1))
+    elastic = True  # whoever tries again sleeps until it may
+
+    def populate(self, simulation: Simulation) -> None:
+        self._read: set[int] = set()
+        super().populate(simulation)
+
+    def _source(self) -> SteppedSource:
+        return FailingSource(self._read)
+
+    def _demand(self, runtime: Runtime, demand: int | tuple[int, ...]) -> None:
+        for _ in range(TRIES):
+            try:
+                return super()._demand(runtime, demand)
+            except ExpertLoadError as error:
+                require(error.expert == demand and error.expert in self._read, f"{demand} did not fail: {error}")
+                require(error.reason == os.strerror(errno.EIO), f"it failed for another reason: {error}")
+                self._simulation.sleep(self.config.pager.retry_after)
+            except ExpertTimeout:
+                continue
+        raise Violation(f"expert {demand} never came")
