@@ -62,11 +62,13 @@ class Memory:
 
     def store(self, address: int, value: int) -> None:
         self._point()
+        self._drain()
         self._changed()
         self._cells[address].value = int(value)
 
     def exchange(self, address: int, value: int) -> int:
         self._point()
+        self._drain()
         self._changed()
         cell = self._cells[address]
         former, cell.value = cell.value, int(value)
@@ -74,6 +76,7 @@ class Memory:
 
     def cas(self, address: int, expected: int, desired: int) -> bool:
         self._point()
+        self._drain()
         cell = self._cells[address]
         if cell.value != signed(expected):
             return False
@@ -96,6 +99,9 @@ class Memory:
         self._cells[address].value = former | int(mask)
         return former
 
+    def _drain(self) -> None:
+        """Let this thread's own stores reach memory, before an operation that is sequentially consistent."""
+
 
 class StoreBuffers(Memory):
     """x86 TSO."""
@@ -113,12 +119,6 @@ class StoreBuffers(Memory):
                 return value
         return self._cells[address].value  # type: ignore[no-any-return]
 
-    def store(self, address: int, value: int) -> None:
-        self._point()
-        self._drain()
-        self._changed()
-        self._cells[address].value = int(value)
-
     def store_release(self, address: int, value: int) -> None:
         """A store that is not sequentially consistent, as ``mov`` makes it."""
         self._point()
@@ -126,24 +126,6 @@ class StoreBuffers(Memory):
         thread = self._simulation.current
         assert thread is not None
         self._buffers.setdefault(thread, []).append((address, int(value)))
-
-    def exchange(self, address: int, value: int) -> int:
-        self._point()
-        self._drain()
-        self._changed()
-        cell = self._cells[address]
-        former, cell.value = cell.value, int(value)
-        return former  # type: ignore[no-any-return]
-
-    def cas(self, address: int, expected: int, desired: int) -> bool:
-        self._point()
-        self._drain()
-        cell = self._cells[address]
-        if cell.value != signed(expected):
-            return False
-        self._changed()
-        cell.value = int(desired)
-        return True
 
     def pending(self) -> list[SimThread]:
         """The threads with stores that have not reached memory."""
