@@ -17,7 +17,8 @@ the comparison for FULL is signed. "The ring has work" is `pop`'s own test, neve
 | any pager | `pop` | lock-free |
 
 A full ring refuses the push and loses nothing: what a request stands for is in the expert words, and the sweep finds
-it there.
+it there. The same holds for a damaged ring: a cursor that stays put over an entry of neither of its two possible laps
+makes `push` say FULL and `pop` EMPTY, so that no kernel loops for ever.
 """
 
 from __future__ import annotations
