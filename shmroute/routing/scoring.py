@@ -4,23 +4,74 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import numpy.typing as npt
-
-from shmroute.routing.selection import is_finite
-from shmroute.shared.kernel import inner
+from shmroute.routing.selection import ID
+from shmroute.routing.vectors import (
+    WIDTH,
+    divided,
+    exp_under,
+    id_at,
+    larger,
+    largest,
+    load_logits,
+    load_scores,
+    logit_at,
+    plus,
+    put_score,
+    same,
+    store_scores,
+    store_weights,
+    total,
+    widened,
+)
+from shmroute.shared.atomic import WORD
+from shmroute.shared.kernel import inlined, inner
 
 
 @inner
+def _peak_of_row(logits_at: int, num_experts: int) -> float:
+    """The largest finite logit."""
+    maxima = same(-math.inf)
+    for first in range(0, num_experts, WIDTH):
+        maxima = larger(maxima, widened(load_logits(logits_at + first * 4, num_experts - first)))
+    return largest(maxima)
+
+
+@inner
+def _sum_of_row(logits_at: int, num_experts: int, peak: float) -> float:
+    """The sum of ``exp(logit - peak)`` over all finite logits."""
+    sums = same(0.0)
+    for first in range(0, num_experts, WIDTH):
+        sums = plus(sums, exp_under(widened(load_logits(logits_at + first * 4, num_experts - first)), peak))
+    return total(sums)
+
+
+@inner
+def _peak_of_chosen(scores_at: int, k: int) -> float:
+    """The largest of k logits in scratch space."""
+    maxima = same(-math.inf)
+    for first in range(0, k, WIDTH):
+        maxima = larger(maxima, load_scores(scores_at + first * WORD))
+    return largest(maxima)
+
+
+@inner
+def _sum_of_chosen(scores_at: int, k: int, peak: float) -> float:
+    """The sum of ``exp(logit - peak)`` over k logits in scratch space."""
+    sums = same(0.0)
+    for first in range(0, k, WIDTH):
+        sums = plus(sums, exp_under(load_scores(scores_at + first * WORD), peak))
+    return total(sums)
+
+
+@inlined
 def softmax_weights(
-    logits: npt.NDArray[np.float32],
-    first: int,
+    logits_at: int,
     num_experts: int,
-    ids: npt.NDArray[np.int64],
+    chosen_at: int,
     k: int,
     renormalize: bool,
-    weights: npt.NDArray[np.float32],
-    out: int,
+    scores_at: int,
+    weights_at: int,
 ) -> None:
     """Softmax weights of k experts of one token.
 
@@ -29,31 +80,32 @@ def softmax_weights(
 
     Parameters
     ----------
-    logits : ndarray
-        float32; the token's begin at `first`.
-    ids : ndarray
-        int64 [k], the chosen experts.
-    weights : ndarray
-        float32; the token's are written from index `out`.
+    logits_at : int
+        Address of float32 [E].
+    chosen_at : int
+        Address of int32 [k], the chosen experts.
+    scores_at : int
+        Address of scratch space: float64 [k + WIDTH].
+    weights_at : int
+        Address of float32 [k], written.
     """
-    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
-    peak = -math.inf
-    if renormalize:
-        for rank in range(k):
-            peak = max(peak, float(logits[first + ids[rank]]))
-    else:
-        for expert in range(num_experts):
-            value = float(logits[first + expert])
-            if is_finite(value):
-                peak = max(peak, value)
-    total = 0.0
-    if renormalize:
-        for rank in range(k):
-            total += math.exp(float(logits[first + ids[rank]]) - peak)
-    else:
-        for expert in range(num_experts):
-            value = float(logits[first + expert])
-            if is_finite(value):
-                total += math.exp(value - peak)
     for rank in range(k):
-        weights[out + rank] = math.exp(float(logits[first + ids[rank]]) - peak) / total
+        put_score(scores_at + rank * WORD, logit_at(logits_at + id_at(chosen_at + rank * ID) * 4))
+    store_scores(same(-math.inf), scores_at + k * WORD)
+    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
+    if k <= WIDTH:
+        values = load_scores(scores_at)
+        peak = largest(values) if renormalize else _peak_of_row(logits_at, num_experts)
+        shares = exp_under(values, peak)
+        divisor = total(shares) if renormalize else _sum_of_row(logits_at, num_experts, peak)
+        store_weights(divided(shares, divisor), weights_at, k)
+        return
+    if renormalize:
+        peak = _peak_of_chosen(scores_at, k)
+        divisor = _sum_of_chosen(scores_at, k, peak)
+    else:
+        peak = _peak_of_row(logits_at, num_experts)
+        divisor = _sum_of_row(logits_at, num_experts, peak)
+    for first in range(0, k, WIDTH):
+        shares = exp_under(load_scores(scores_at + first * WORD), peak)
+        store_weights(divided(shares, divisor), weights_at + first * 4, k - first)

@@ -119,6 +119,11 @@ def inner(function: F) -> F:
     return register_jitable(function)  # type: ignore[no-any-return]
 
 
+def inlined(function: F) -> F:
+    """`inner`, and pasted into its callers: for what runs for each token, and with constants for arguments."""
+    return register_jitable(forceinline=True)(function)  # type: ignore[no-any-return]
+
+
 def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int:
     """Make every entry point ready: from disk, or compiled and then kept there.
 
