@@ -68,7 +68,13 @@ HITS: Final = 36
 CHANGED: Final = 37  # choices that the bonus changed
 NOT_FINITE_LOGITS: Final = 38
 TOUCHED_COUNT: Final = 39
-PLAN_WORDS: Final = 40
+# Objects of Python's, by address; see `shmroute.routing.entry`.
+ARRAY_TYPE: Final = 40
+FLOAT32: Final = 41
+INT32: Final = 42
+FALLBACK: Final = 43
+FINISH: Final = 44
+PLAN_WORDS: Final = 45
 
 IDLE: Final = 0
 IN_USE: Final = 1

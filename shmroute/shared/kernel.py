@@ -164,6 +164,12 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
     return compiled
 
 
+def c_function(dispatcher: Any) -> int:
+    """Address of an entry point as a C function of its signature; `load_kernels` must have run."""
+    (overload,) = dispatcher.overloads.values()
+    return int(overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name))
+
+
 def _is_cached(dispatcher: Any) -> bool:
     return Path(dispatcher._cache._cache_file._index_path).exists()
 
