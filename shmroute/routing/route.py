@@ -21,7 +21,7 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.scoring import softmax_weights
-from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_top_k
+from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,
@@ -90,7 +90,7 @@ def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
     num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
-    snapshot_at, scores_at, ids_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CANDIDATES], words[p.CHOSEN]
+    snapshot_at, scores_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CHOSEN]
     times_at, touched_at = words[p.TIMES], words[p.TOUCHED]
     resident = _take_snapshot(words[p.RESIDENT], snapshot_at, num_experts)
     bonus = 0.0
@@ -100,7 +100,7 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     hits = changed = nonfinite = touched = 0
     for token in range(tokens):
         row_at = logits_at + token * num_experts * 4
-        finite = select_top_k(row_at, num_experts, 0.0, snapshot_at, scores_at, ids_at, chosen_at, k)
+        finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
@@ -110,15 +110,18 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         present = count_resident(snapshot_at, chosen_at, k)
         if bonus != 0.0 and present < k:
             last = id_at(chosen_at + (k - 1) * ID)
-            select_top_k(row_at, num_experts, bonus, snapshot_at, scores_at, ids_at, chosen_at, k)
+            select_raised(row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k)
             changed += count_after(row_at, chosen_at, k, last)
             present = count_resident(snapshot_at, chosen_at, k)
         hits += present
-        softmax_weights(row_at, num_experts, chosen_at, k, renormalize, scores_at, weights_at + token * k * 4)
         for rank in range(k):
             expert = id_at(chosen_at + rank * ID)
             put_id(experts_at + (token * k + rank) * ID, expert)
             touched = _touch(times_at, touched_at, touched, expert)
+    # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
+    for token in range(tokens):
+        row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
+        softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at + token * k * 4)
     words[p.HITS], words[p.CHANGED], words[p.NOT_FINITE_LOGITS] = hits, changed, nonfinite
     words[p.TOUCHED_COUNT] = touched
     return 0

@@ -15,7 +15,6 @@ import numpy as np
 
 from shmroute.routing.vectors import (
     WIDTH,
-    Logits,
     at_least,
     count_before,
     id_at,
@@ -27,12 +26,10 @@ from shmroute.routing.vectors import (
     narrowed,
     put_id,
     put_score,
-    raised,
     same,
     score_at,
     store_logits,
     store_scores,
-    widened,
     word_at,
 )
 from shmroute.shared.atomic import WORD, f64_array, i32_array
@@ -50,12 +47,6 @@ ID: Final = 4
 def bit_at(snapshot_at: int, expert: int) -> int:
     """An expert's bit of a bitmap: 1 if it is resident."""
     return (word_at(snapshot_at + (expert >> 6) * WORD) >> (expert & 63)) & 1
-
-
-@inlined
-def resident_bits(snapshot_at: int, first: int) -> int:
-    """The bits of a bitmap from expert `first` on, at least sixteen of them; `first` is a multiple of sixteen."""
-    return word_at(snapshot_at + (first >> 6) * WORD) >> (first & 63)
 
 
 @inlined
@@ -85,20 +76,11 @@ def scratch_length(num_experts: int) -> int:
 
 
 @inlined
-def _group(logits_at: int, first: int, num_experts: int, bonus: float, snapshot_at: int) -> Logits:
-    """The choosing scores of up to sixteen experts from `first` on, rounded to float32."""
-    logits = load_logits(logits_at + first * 4, num_experts - first)
-    if bonus == 0.0:
-        return logits
-    return narrowed(raised(widened(logits), resident_bits(snapshot_at, first), bonus))
-
-
-@inlined
-def _bound_of_k(logits_at: int, num_experts: int, bonus: float, snapshot_at: int, k: int) -> float:
-    """A score, rounded to float32, that at least k experts reach, and hardly more."""
+def _bound_of_k(logits_at: int, num_experts: int, k: int) -> float:
+    """A logit that at least k experts reach, and hardly more."""
     maxima = narrowed(same(-math.inf))
     for first in range(0, num_experts, WIDTH):
-        maxima = larger(maxima, _group(logits_at, first, num_experts, bonus, snapshot_at))
+        maxima = larger(maxima, load_logits(logits_at + first * 4, num_experts - first))
     return max(LOWEST, kth_largest(maxima, k))
 
 
@@ -125,29 +107,23 @@ def _order_by_insertion(scores_at: int, ids_at: int, count: int, chosen_at: int,
 
 
 @inlined
-def _select_of_few(
-    logits_at: int, num_experts: int, bonus: float, snapshot_at: int, scores_at: int, chosen_at: int
-) -> int:
-    """`select_top_k` of at most sixteen experts: all of them are put in order."""
-    logits = load_logits(logits_at, num_experts)
-    if bonus == 0.0:
-        store_logits(logits, scores_at)
-        for expert in range(num_experts):
-            put_id(chosen_at + count_before(logits, logit_at(scores_at + expert * 4), expert) * ID, expert)
-    else:
-        scores = raised(widened(logits), resident_bits(snapshot_at, 0), bonus)
-        store_scores(scores, scores_at)
-        for expert in range(num_experts):
-            put_id(chosen_at + count_before(scores, score_at(scores_at + expert * WORD), expert) * ID, expert)
-    return count_bits(at_least(logits, LOWEST))
+def _order(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int, wide: bool) -> None:
+    """Choose the k best of candidates, which come by ascending id. `wide`: some scores are not float32's."""
+    if count > WIDTH:
+        _order_by_insertion(scores_at, ids_at, count, chosen_at, k)
+        return
+    store_scores(same(-math.inf), scores_at + count * WORD)  # what is beyond the last one is before none
+    scores = load_scores(scores_at)
+    logits = narrowed(scores)
+    for i in range(count):
+        score = score_at(scores_at + i * WORD)
+        rank = count_before(scores, score, i) if wide else count_before(logits, score, i)
+        put_id(chosen_at + rank * ID, id_at(ids_at + i * ID))
 
 
 @inlined
-def select_top_k(
-    logits_at: int, num_experts: int, bonus: float, snapshot_at: int, scores_at: int, ids_at: int, chosen_at: int,
-    k: int,
-) -> int:  # fmt: skip
-    """The k best finite logits of one token, `bonus` added to resident experts, best first.
+def select_top_k(logits_at: int, num_experts: int, scores_at: int, ids_at: int, chosen_at: int, k: int) -> int:
+    """The k best finite logits of one token, best first.
 
     Ties go to the lower id (INV-6). Experts whose logit is not finite are passed over.
 
@@ -155,8 +131,6 @@ def select_top_k(
     ----------
     logits_at : int
         Address of float32 [E].
-    snapshot_at : int
-        Address of int64 [⌈E/64⌉], residency.
     scores_at, ids_at : int
         Addresses of scratch space: float64 and int32, `scratch_length` of each.
     chosen_at : int
@@ -167,36 +141,70 @@ def select_top_k(
     int
         How many finite logits there were; entries from that rank on mean nothing.
     """
-    if num_experts <= WIDTH:
-        return _select_of_few(logits_at, num_experts, bonus, snapshot_at, scores_at, chosen_at)
-    # Rounding a score to float32 keeps its order, or makes it tie: so whoever is under the bound has k above it.
-    bound = _bound_of_k(logits_at, num_experts, bonus, snapshot_at, k) if k <= WIDTH else LOWEST
+    if num_experts <= WIDTH:  # all are put in order
+        logits = load_logits(logits_at, num_experts)
+        store_logits(logits, scores_at)
+        for expert in range(num_experts):
+            put_id(chosen_at + count_before(logits, logit_at(scores_at + expert * 4), expert) * ID, expert)
+        return count_bits(at_least(logits, LOWEST))
+    bound = _bound_of_k(logits_at, num_experts, k) if k <= WIDTH else LOWEST
     finite = count = 0
     for block in range(0, num_experts, 64):
         bits = 0
         for first in range(block, min(block + 64, num_experts), WIDTH):
-            group = _group(logits_at, first, num_experts, bonus, snapshot_at)
-            finite += count_bits(at_least(group, LOWEST))
-            bits |= at_least(group, bound) << (first - block)
+            logits = load_logits(logits_at + first * 4, num_experts - first)
+            finite += count_bits(at_least(logits, LOWEST))
+            bits |= at_least(logits, bound) << (first - block)
         while bits != 0:
             expert = block + lowest_bit(bits)
             bits &= bits - 1
             put_id(ids_at + count * ID, expert)
-            raise_by = bonus * bit_at(snapshot_at, expert)
-            put_score(scores_at + count * WORD, logit_at(logits_at + expert * 4) + raise_by)
+            put_score(scores_at + count * WORD, logit_at(logits_at + expert * 4))
             count += 1
-    if count > WIDTH:
-        _order_by_insertion(scores_at, ids_at, count, chosen_at, k)
-        return finite
-    store_scores(same(-math.inf), scores_at + count * WORD)  # what is beyond the last one is before none
-    candidates = load_scores(scores_at)
-    if bonus == 0.0:
-        logits = narrowed(candidates)
-        for i in range(count):
-            rank = count_before(logits, score_at(scores_at + i * WORD), i)
-            put_id(chosen_at + rank * ID, id_at(ids_at + i * ID))
-    else:
-        for i in range(count):
-            rank = count_before(candidates, score_at(scores_at + i * WORD), i)
-            put_id(chosen_at + rank * ID, id_at(ids_at + i * ID))
+    _order(scores_at, ids_at, count, chosen_at, k, False)
     return finite
+
+
+@inlined
+def _least_raised(last: float, bonus: float) -> float:
+    """A logit that every resident expert has, or exceeds, whose score with the bonus is at least `last`."""
+    # The margin is above what three roundings of float64 can amount to; one candidate too many does no harm.
+    return max(LOWEST, last - bonus - (abs(last) + bonus) * 2.0**-50)
+
+
+@inlined
+def select_raised(
+    logits_at: int, num_experts: int, bonus: float, snapshot_at: int, scores_at: int, ids_at: int, chosen_at: int,
+    k: int,
+) -> None:  # fmt: skip
+    """The k best again, `bonus` added to resident experts: after `select_top_k`, whose choice this replaces.
+
+    An expert that is not resident has at least as many before it as without the bonus, so it is among the first choice
+    or not chosen at all. A resident one must reach what k experts reach: the last logit of the first choice.
+
+    Parameters
+    ----------
+    snapshot_at : int
+        Address of int64 [⌈E/64⌉], residency.
+    others
+        As for `select_top_k`.
+    """
+    last = logit_at(logits_at + id_at(chosen_at + (k - 1) * ID) * 4)
+    raised_bound = _least_raised(last, bonus)
+    count = 0
+    for block in range(0, num_experts, 64):
+        reach = reach_raised = 0
+        for first in range(block, min(block + 64, num_experts), WIDTH):
+            logits = load_logits(logits_at + first * 4, num_experts - first)
+            reach |= at_least(logits, last) << (first - block)
+            reach_raised |= at_least(logits, raised_bound) << (first - block)
+        resident = word_at(snapshot_at + (block >> 6) * WORD)
+        bits = (reach_raised & resident) | (reach & ~resident)
+        while bits != 0:
+            offset = lowest_bit(bits)
+            bits &= bits - 1
+            put_id(ids_at + count * ID, block + offset)
+            raised = logit_at(logits_at + (block + offset) * 4) + bonus * ((resident >> offset) & 1)
+            put_score(scores_at + count * WORD, raised)
+            count += 1
+    _order(scores_at, ids_at, count, chosen_at, k, True)

@@ -49,6 +49,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 _LOGITS, _SCORES = _VectorType("Logits", ir.FloatType()), _VectorType("Scores", ir.DoubleType())
 _BITS = ir.VectorType(ir.IntType(1), WIDTH)
+_I32 = ir.VectorType(ir.IntType(32), WIDTH)
 _I64 = ir.VectorType(ir.IntType(64), WIDTH)
 _F32, _F64 = _LOGITS.vector, _SCORES.vector
 _LANES = ir.Constant(_I64, list(range(WIDTH)))
@@ -113,6 +114,25 @@ def _load_logits(typingctx: Any, address: Any, count: Any) -> Any:
         return builder.select(finite, values, infinite)
 
     return _LOGITS(types.int64, types.int64), body
+
+
+@intrinsic
+def _logits_of(typingctx: Any, logits: Any, num_experts: Any, ids: Any, count: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        logits, num_experts, ids, count = args
+        four = ir.Constant(ir.IntType(32), 4)
+        nobody = ir.Constant(_I32, [-1] * WIDTH)
+        operands = [_address(builder, ids, _I32), four, _first(builder, count), nobody]
+        experts = builder.zext(_call(builder, "llvm.masked.load.v16i32.p0", _I32, operands), _I64)
+        known = builder.icmp_unsigned("<", experts, _broadcast(builder, num_experts))
+        offsets = builder.shl(experts, ir.Constant(_I64, [2] * WIDTH))
+        pointers = builder.inttoptr(
+            builder.add(offsets, _broadcast(builder, logits)), ir.VectorType(ir.FloatType().as_pointer(), WIDTH)
+        )
+        operands = [pointers, four, known, ir.Constant(_F32, [-math.inf] * WIDTH)]
+        return builder.fpext(_call(builder, "llvm.masked.gather.v16f32.v16p0", _F32, operands), _F64)
+
+    return _SCORES(types.int64, types.int64, types.int64, types.int64), body
 
 
 @intrinsic
@@ -371,6 +391,15 @@ def load_logits(address: int, count: int) -> Logits:
     return values
 
 
+def logits_of(logits: int, num_experts: int, ids: int, count: int) -> Scores:
+    """The logits of the first `count` experts of an int32 array at `ids`; -inf for an impossible id, and beyond."""
+    values = np.full(WIDTH, -math.inf)
+    experts = i32_array(ids, min(int(count), WIDTH))
+    known = np.flatnonzero((experts >= 0) & (experts < num_experts))
+    values[known] = f32_array(logits, num_experts)[experts[known]]
+    return values
+
+
 def load_scores(address: int) -> Scores:
     """Sixteen float64 at an address."""
     return f64_array(address, WIDTH).copy()
@@ -510,6 +539,12 @@ def _compile(function: Any, body: Any) -> None:
 
 
 _compile(load_logits, lambda address, count: lambda address, count: _load_logits(address, count))
+_compile(
+    logits_of,
+    lambda logits, num_experts, ids, count: (
+        lambda logits, num_experts, ids, count: _logits_of(logits, num_experts, ids, count)
+    ),
+)
 _compile(load_scores, lambda address: lambda address: _load_scores(address))
 _compile(store_logits, lambda values, address: lambda values, address: _store_logits(values, address))
 _compile(store_scores, lambda values, address: lambda values, address: _store_scores(values, address))

@@ -10,19 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
-from shmroute.routing.selection import count_after, count_resident, scratch_length, select_top_k
+from shmroute.routing.selection import count_after, count_resident, scratch_length, select_raised, select_top_k
 from shmroute.shared.atomic import COMPILED
+from shmroute.shared.kernel import inlined
 
 Row = npt.NDArray[np.float32]
 COUNTS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 128, 256, 300]
 LARGEST = float(np.finfo(np.float32).max)
 
 
+@inlined
+def select(
+    logits: int, num_experts: int, bonus: float, snapshot: int, scores: int, ids: int, chosen: int, k: int
+) -> int:
+    """As the router does it."""
+    finite = select_top_k(logits, num_experts, scores, ids, chosen, k)
+    if finite >= k and bonus != 0.0:
+        select_raised(logits, num_experts, bonus, snapshot, scores, ids, chosen, k)
+    return finite
+
+
 @numba.njit(types.int64(*[types.int64] * 2, types.float64, *[types.int64] * 5), _nrt=False)
 def compiled_select(
     logits: int, num_experts: int, bonus: float, snapshot: int, scores: int, ids: int, chosen: int, k: int
 ) -> int:
-    return select_top_k(logits, num_experts, bonus, snapshot, scores, ids, chosen, k)
+    return select(logits, num_experts, bonus, snapshot, scores, ids, chosen, k)
 
 
 def bitmap(resident: set[int], num_experts: int) -> npt.NDArray[np.int64]:
@@ -46,6 +58,7 @@ def choose(logits: Row, k: int, resident: set[int], bonus: float) -> tuple[list[
 def by_sorting(logits: Row, k: int, resident: set[int], bonus: float) -> tuple[list[int], int]:
     """The same by definition, in float64: best score first, ties to the lower id."""
     finite = [expert for expert in range(len(logits)) if np.isfinite(logits[expert])]
+    bonus = bonus if len(finite) >= k else 0.0  # such a row is refused
     scores = {expert: float(logits[expert]) + bonus * (expert in resident) for expert in finite}
     return sorted(finite, key=lambda expert: (-scores[expert], expert))[:k], len(finite)
 
@@ -111,7 +124,7 @@ def test_interpreted_it_chooses_the_same(data: st.DataObject) -> None:
     scores, ids, chosen = np.zeros(length), np.zeros(length, np.int32), np.zeros(length, np.int32)
     addresses = [array.ctypes.data for array in (snapshot, scores, ids, chosen)]
     for bonus in (0.0, 0.15):
-        finite = select_top_k(row.ctypes.data, num_experts, bonus, *addresses, k)
+        finite = select(row.ctypes.data, num_experts, bonus, *addresses, k)
         assert (chosen[: min(k, finite)].tolist(), finite) == by_sorting(row, k, resident, bonus)
 
 

@@ -72,6 +72,31 @@ def test_weighing_is_the_same_interpreted(values: npt.NDArray[np.float64], count
     assert outs[0] == pytest.approx(np.exp(np.maximum(values, -700)), rel=1e-9, abs=1e-300)
 
 
+def gathered(logits: int, num_experts: int, ids: int, count: int, out: int) -> None:
+    """The logits of some experts."""
+    v.store_scores(v.logits_of(logits, num_experts, ids, count), out)
+
+
+compiled_gathered = numba.njit(types.void(*[types.int64] * 5), _nrt=False)(gathered)
+
+
+@given(
+    arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False)),
+    arrays(np.int32, 16, elements=st.integers(0, 19) | st.sampled_from([-1, 20, 2**31 - 1, -(2**31)])),
+    st.integers(1, 40),
+)
+def test_only_possible_experts_logits_are_read(
+    logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], count: int
+) -> None:
+    expected = [
+        float(logits[expert]) if rank < count and 0 <= expert < 20 else -np.inf for rank, expert in enumerate(ids)
+    ]
+    for call in (gathered, compiled_gathered):
+        out = np.zeros(16)
+        call(logits.ctypes.data, 20, ids.ctypes.data, count, out.ctypes.data)
+        assert out.tolist() == expected
+
+
 def test_nothing_beyond_the_count_is_read() -> None:
     logits = np.arange(16, dtype=np.float32)
     values = v.load_logits(logits.ctypes.data, 3)
