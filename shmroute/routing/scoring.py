@@ -13,6 +13,7 @@ from shmroute.routing.vectors import (
     largest,
     load_logits,
     logits_of,
+    narrowed,
     plus,
     same,
     store_weights,
@@ -25,18 +26,18 @@ from shmroute.shared.kernel import inlined, inner
 @inner
 def _peak_of_row(logits_at: int, num_experts: int) -> float:
     """The largest finite logit."""
-    maxima = same(-math.inf)
+    maxima = narrowed(same(-math.inf))
     for first in range(0, num_experts, WIDTH):
-        maxima = larger(maxima, widened(load_logits(logits_at + first * 4, num_experts - first)))
-    return largest(maxima)
+        maxima = larger(maxima, load_logits(logits_at + first * 4, num_experts - first))
+    return largest(widened(maxima))
 
 
 @inner
 def _sum_of_row(logits_at: int, num_experts: int, peak: float) -> float:
-    """The sum of ``exp(logit - peak)`` over all finite logits."""
+    """The sum of ``exp(logit - peak)`` over all finite logits, each to 3e-7."""
     sums = same(0.0)
     for first in range(0, num_experts, WIDTH):
-        sums = plus(sums, exp_under(widened(load_logits(logits_at + first * 4, num_experts - first)), peak))
+        sums = plus(sums, widened(exp_under(load_logits(logits_at + first * 4, num_experts - first), peak)))
     return total(sums)
 
 

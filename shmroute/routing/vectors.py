@@ -12,6 +12,7 @@ same bits: no operation is contracted, and sums are taken in one order.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -53,10 +54,6 @@ _I32 = ir.VectorType(ir.IntType(32), WIDTH)
 _I64 = ir.VectorType(ir.IntType(64), WIDTH)
 _F32, _F64 = _LOGITS.vector, _SCORES.vector
 _LANES = ir.Constant(_I64, list(range(WIDTH)))
-
-
-def _constant(value: float) -> Any:
-    return ir.Constant(_F64, [value] * WIDTH)
 
 
 def _broadcast(builder: Any, scalar: Any) -> Any:
@@ -278,32 +275,58 @@ def _divided(typingctx: Any, values: Any, divisor: Any) -> Any:
 
 
 # exp(x) = 2^n exp(r), with n the integer nearest to x / ln 2 and so |r| <= ln 2 / 2, where the Taylor polynomial of
-# degree 8 is off by less than 1e-9 of exp(r). Adding and subtracting 1.5 * 2^52 rounds to an integer, whose low bits
-# then stand in the sum's own.
+# degree 8 (6 for float32) is off by less than 1e-9 (2e-7) of exp(r). Adding and subtracting 1.5 * 2^52 (2^23) rounds to
+# an integer, whose low bits then stand in the sum's own. ln 2 comes in two parts, the first of so few bits that n times
+# it is exact.
+@dataclass(frozen=True)
+class _Exponential:
+    """Constants of `exp_under` for one type of element."""
+
+    float_type: type[np.floating[Any]]
+    int_type: type[np.signedinteger[Any]]
+    ln2_high: float
+    ln2_low: float
+    smallest: float  # whose exp is nothing beside 1, and still a normal number
+    degree: int
+    mantissa: int  # its bits
+
+    @property
+    def rounding(self) -> float:
+        return 1.5 * 2.0**self.mantissa
+
+    @property
+    def taylor(self) -> list[float]:
+        return [float(self.float_type(1 / math.factorial(i))) for i in range(self.degree, -1, -1)]
+
+
 _LOG2_E = 1.4426950408889634
-_LN2_HIGH = 0.693147180369123816490  # its low 32 bits are zero, so n times it is exact
-_LN2_LOW = 1.90821492927058770002e-10
-_ROUND = 1.5 * 2.0**52
-_SMALLEST = -700.0  # whose exp is 1e-304: zero as a float32
-_TAYLOR = [1 / math.factorial(i) for i in range(8, -1, -1)]
+_EXP_SCORES = _Exponential(np.float64, np.int64, 0.693147180369123816490, 1.90821492927058770002e-10, -700.0, 8, 52)
+_EXP_LOGITS = _Exponential(np.float32, np.int32, 0.693359375, -2.12194440e-4, -87.0, 6, 23)
 
 
 @intrinsic
 def _exp_under(typingctx: Any, values: Any, peak: Any) -> Any:
-    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x = builder.fsub(args[0], _broadcast(builder, args[1]))
-        x = builder.select(builder.fcmp_ordered(">", x, _constant(_SMALLEST)), x, _constant(_SMALLEST))
-        shifted = builder.fadd(builder.fmul(x, _constant(_LOG2_E)), _constant(_ROUND))
-        n = builder.fsub(shifted, _constant(_ROUND))
-        r = builder.fsub(x, builder.fmul(n, _constant(_LN2_HIGH)))
-        r = builder.fsub(r, builder.fmul(n, _constant(_LN2_LOW)))
-        result = _constant(_TAYLOR[0])
-        for coefficient in _TAYLOR[1:]:
-            result = builder.fadd(builder.fmul(result, r), _constant(coefficient))
-        exponent = builder.shl(builder.bitcast(shifted, _I64), ir.Constant(_I64, [52] * WIDTH))
-        return builder.bitcast(builder.add(builder.bitcast(result, _I64), exponent), _F64)
+    e = _EXP_LOGITS if values is _LOGITS else _EXP_SCORES
 
-    return _SCORES(_SCORES, types.float64), body
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        floats, integers = args[0].type, _I32 if values is _LOGITS else _I64
+
+        def constant(value: float) -> Any:
+            return ir.Constant(floats, [float(e.float_type(value))] * WIDTH)
+
+        x = builder.fsub(args[0], _broadcast(builder, _as_element_of(builder, args[1], args[0])))
+        x = builder.select(builder.fcmp_ordered(">", x, constant(e.smallest)), x, constant(e.smallest))
+        shifted = builder.fadd(builder.fmul(x, constant(_LOG2_E)), constant(e.rounding))
+        n = builder.fsub(shifted, constant(e.rounding))
+        r = builder.fsub(x, builder.fmul(n, constant(e.ln2_high)))
+        r = builder.fsub(r, builder.fmul(n, constant(e.ln2_low)))
+        result = constant(e.taylor[0])
+        for coefficient in e.taylor[1:]:
+            result = builder.fadd(builder.fmul(result, r), constant(coefficient))
+        exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [e.mantissa] * WIDTH))
+        return builder.bitcast(builder.add(builder.bitcast(result, integers), exponent), floats)
+
+    return values(values, types.float64), body
 
 
 # ------------------------------------------------------------------ from sixteen to one
@@ -492,16 +515,18 @@ def divided(values: Scores, divisor: float) -> Scores:
     return values / divisor
 
 
-def exp_under(values: Scores, peak: float) -> Scores:
-    """``exp(value - peak)`` of each element, for values that are at most `peak`; within 1e-9 of it."""
-    x = np.maximum(values - peak, _SMALLEST)
-    shifted = x * _LOG2_E + _ROUND
-    n = shifted - _ROUND
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    result = np.full(WIDTH, _TAYLOR[0])
-    for coefficient in _TAYLOR[1:]:
-        result = result * r + coefficient
-    return (result.view(np.int64) + (shifted.view(np.int64) << 52)).view(np.float64)
+def exp_under(values: Any, peak: float) -> Any:
+    """``exp(value - peak)`` of each element, for values that are at most `peak`; to 1e-9 of it, for logits to 3e-7."""
+    e = _EXP_LOGITS if values.dtype == np.float32 else _EXP_SCORES
+    real = e.float_type
+    x = np.maximum(values - real(peak), real(e.smallest))
+    shifted = x * real(_LOG2_E) + real(e.rounding)
+    n = shifted - real(e.rounding)
+    r = x - n * real(e.ln2_high) - n * real(e.ln2_low)
+    result = np.full(WIDTH, e.taylor[0], real)
+    for coefficient in e.taylor[1:]:
+        result = result * r + real(coefficient)
+    return (result.view(e.int_type) + (shifted.view(e.int_type) << e.mantissa)).view(real)
 
 
 def at_least(values: Logits, bound: float) -> int:

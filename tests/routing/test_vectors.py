@@ -97,6 +97,23 @@ def test_only_possible_experts_logits_are_read(
         assert out.tolist() == expected
 
 
+def exponentials(logits: int, peak: float, out: int) -> None:
+    """Those of float32."""
+    v.store_scores(v.widened(v.exp_under(v.load_logits(logits, 16), peak)), out)
+
+
+compiled_exponentials = numba.njit(types.void(types.int64, types.float64, types.int64), _nrt=False)(exponentials)
+
+
+@given(arrays(np.float32, 16, elements=st.floats(-100, 0, width=32)))
+def test_exponentials_of_logits_are_the_same_interpreted(logits: npt.NDArray[np.float32]) -> None:
+    outs = np.zeros((2, 16))
+    for call, out in zip((exponentials, compiled_exponentials), outs, strict=True):
+        call(logits.ctypes.data, 0.0, out.ctypes.data)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert outs[0] == pytest.approx(np.exp(logits.astype(np.float64)), rel=4e-7, abs=1e-37)
+
+
 def test_nothing_beyond_the_count_is_read() -> None:
     logits = np.arange(16, dtype=np.float32)
     values = v.load_logits(logits.ctypes.data, 3)
