@@ -7,8 +7,8 @@ measured at the same moment says more. So whatever is compared is measured toget
   up meanwhile treats all alike.
 - A ratio is taken within each round, and the median of those is reported, rather than a ratio of medians.
 - A sample is a loop long enough for the clock. It is taken again if the process lost its core in it, which its CPU
-  time betrays: what is measured is the code and not the scheduler. (Hand-overs, loads and whole processes wait by
-  their nature, and are taken as they come.)
+  time betrays, and if that happens every time, the CPU time is what counts: what is measured is the code and not the
+  scheduler. (Hand-overs, loads and whole processes wait by their nature, and are taken as they come.)
 - Processes are pinned, so that no sample is split between cores; the garbage collector is off in loops.
 - Before the first round the core is kept busy until its clock has risen (`warm_up`), and each contestant runs once
   unmeasured. A *yardstick*, plain arithmetic that no change of this package can touch, is measured in the same way;
@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-RETAKES = 4
-"""How often a sample is taken again at most; on a crowded machine the last one has to do."""
+TAKES = 4
+"""How often a sample is taken at most before its CPU time has to do."""
 
 LOST_CORE = 1.03
 """A sample whose duration exceeds its CPU time by this factor was interrupted."""
@@ -125,11 +125,15 @@ class Result:
     details: dict[str, float]
 
 
-def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
-    """Sample all contestants in turn, there and back; the first is the one that the others are compared with."""
+def contest(contestants: Sequence[Contestant], rounds: int, *, warm: bool = True) -> list[Result]:
+    """Sample all contestants in turn, there and back; the first is the one that the others are compared with.
+
+    Without `warm` the first samples count too: for what happens once only, and takes long.
+    """
     values: list[list[float]] = [[] for _ in contestants]
-    for contestant in contestants:
-        contestant.sample()
+    if warm:
+        for contestant in contestants:
+            contestant.sample()
     for turn in range(rounds):
         order = range(len(contestants))
         for i in order if turn % 2 == 0 else reversed(order):
@@ -156,20 +160,22 @@ class Loop:
         About how long a sample takes.
     per : int
         Operations in one of them, for what works in batches.
+    waits : bool
+        Whether the operation waits for somebody else, so that more than CPU time belongs to it.
     """
 
-    def __init__(self, run: Callable[[int], object], seconds: float, per: int = 1) -> None:
-        self._run, self._seconds, self._per = run, seconds, per
+    def __init__(self, run: Callable[[int], object], seconds: float, per: int = 1, waits: bool = False) -> None:
+        self._run, self._seconds, self._per, self._waits = run, seconds, per, waits
         self._count = 0
 
     def __call__(self) -> float:
         if not self._count:
             self._calibrate()
-        for _ in range(RETAKES):
+        for _ in range(TAKES):
             wall, cpu = self._time(self._count)
-            if wall <= cpu * LOST_CORE:
-                break
-        return wall / (self._count * self._per)
+            if self._waits or wall <= cpu * LOST_CORE:
+                return wall / (self._count * self._per)
+        return cpu / (self._count * self._per)
 
     def _calibrate(self) -> None:
         """Find how many operations make a sample, which also warms up what they use."""

@@ -80,7 +80,7 @@ def bandwidth(bench: Bench, made: Checkpoint, cold: bool) -> Table:
                     partial(_by_threads, pool, make(made, cold, resources), target, cycle(_halves(made)), made, cold),
                 )
             )
-        results = contest(contestants, bench.scale.few_rounds)
+        results = contest(contestants, bench.scale.rounds)
     return table(
         f"paging/{size}/{temperature}",
         f"{count} experts of {size / MIB:.3g} MiB, {temperature} page cache, {IO_THREADS} threads", "MB/s", results,

@@ -79,10 +79,10 @@ class Partner:
         self.begin(function, *arguments)
         return self.result()
 
-    def close(self) -> None:
-        """Let it end, or end it."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Let it end, or end it: `at_once` if the measurement is given up anyway."""
         self._connection.close()
-        self._process.join(LEAVES)
+        self._process.join(0 if at_once else LEAVES)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -94,7 +94,7 @@ class Partner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(at_once=error is not None)
 
 
 @contextlib.contextmanager

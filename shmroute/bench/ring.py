@@ -106,7 +106,7 @@ def _by_oneself(bench: Bench, endpoints: dict[str, Endpoint]) -> Table:
     for name, endpoint in endpoints.items():
         receive = endpoint.receiver()  # first: some senders need somebody to connect to
         contestants.append(
-            Contestant(name, Loop(_send_and_receive(endpoint.sender(), receive), bench.scale.loop_seconds))
+            Contestant(name, Loop(_send_and_receive(endpoint.sender(), receive), bench.scale.loop_seconds, waits=True))
         )
     return table(
         "ring/message", "one message, sent and received by one process from Python", "ns",

@@ -74,8 +74,13 @@ def test_a_sample_in_which_the_core_was_lost_is_taken_again(monkeypatch: pytest.
     loop()
     lost = iter([500_000, 400_000, 0, 300_000])
     assert loop() == 100
-    lost = iter([500_000] * 20)  # a crowded machine: it gives up
-    assert loop() == 150
+    lost = iter([500_000] * 20)  # a crowded machine
+    assert loop() == 100
+    waiting = Loop(run, seconds=0.001, waits=True)
+    lost = iter([0] * 20)
+    waiting()
+    lost = iter([500_000])
+    assert waiting() == 150
 
 
 def test_latencies_leave_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
