@@ -26,10 +26,12 @@ from shmroute.routing.vectors import (
     narrowed,
     put_id,
     put_score,
+    raised,
     same,
     score_at,
     store_logits,
     store_scores,
+    widened,
     word_at,
 )
 from shmroute.shared.atomic import WORD, f64_array, i32_array
@@ -189,6 +191,12 @@ def select_raised(
     others
         As for `select_top_k`.
     """
+    if num_experts <= WIDTH:  # all are put in order
+        scores = raised(widened(load_logits(logits_at, num_experts)), word_at(snapshot_at), bonus)
+        store_scores(scores, scores_at)
+        for expert in range(num_experts):
+            put_id(chosen_at + count_before(scores, score_at(scores_at + expert * WORD), expert) * ID, expert)
+        return
     last = logit_at(logits_at + id_at(chosen_at + (k - 1) * ID) * 4)
     raised_bound = _least_raised(last, bonus)
     count = 0
@@ -204,7 +212,7 @@ def select_raised(
             offset = lowest_bit(bits)
             bits &= bits - 1
             put_id(ids_at + count * ID, block + offset)
-            raised = logit_at(logits_at + (block + offset) * 4) + bonus * ((resident >> offset) & 1)
-            put_score(scores_at + count * WORD, raised)
+            score = logit_at(logits_at + (block + offset) * 4) + bonus * ((resident >> offset) & 1)
+            put_score(scores_at + count * WORD, score)
             count += 1
     _order(scores_at, ids_at, count, chosen_at, k, True)
