@@ -9,9 +9,11 @@ from shmroute.routing.vectors import (
     WIDTH,
     divided,
     exp_under,
+    id_at,
     larger,
     largest,
     load_logits,
+    logit_at,
     logits_of,
     narrowed,
     plus,
@@ -20,6 +22,7 @@ from shmroute.routing.vectors import (
     total,
     widened,
 )
+from shmroute.shared.atomic import f32_array
 from shmroute.shared.kernel import inlined, inner
 
 
@@ -62,6 +65,22 @@ def _weights_of_many(logits_at: int, num_experts: int, ids_at: int, k: int, reno
 
 
 @inlined
+def _weights_of_two(logits_at: int, num_experts: int, ids_at: int, weights_at: int) -> None:
+    """`softmax_weights` of two experts that share all: one exponential, and nothing sixteen wide."""
+    one, other = id_at(ids_at), id_at(ids_at + ID)
+    weights = f32_array(weights_at, 2)
+    if min(one, other) < 0 or max(one, other) >= num_experts:
+        weights[0] = weights[1] = 0.0
+        return
+    difference = logit_at(logits_at + other * 4) - logit_at(logits_at + one * 4)
+    less = math.exp(-abs(difference))
+    greater_share = 1.0 / (1.0 + less)
+    lesser_share = less * greater_share
+    weights[0] = lesser_share if difference > 0.0 else greater_share
+    weights[1] = greater_share if difference > 0.0 else lesser_share
+
+
+@inlined
 def softmax_weights(logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, weights_at: int) -> None:
     """Softmax weights of k experts of one token.
 
@@ -77,10 +96,13 @@ def softmax_weights(logits_at: int, num_experts: int, ids_at: int, k: int, renor
     weights_at : int
         Address of float32 [k], written.
     """
-    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
+    if k == 2 and renormalize:
+        _weights_of_two(logits_at, num_experts, ids_at, weights_at)
+        return
     if k > WIDTH:
         _weights_of_many(logits_at, num_experts, ids_at, k, renormalize, weights_at)
         return
+    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
     values = logits_of(logits_at, num_experts, ids_at, k)
     peak = largest(values) if renormalize else _peak_of_row(logits_at, num_experts)
     shares = exp_under(values, peak)
