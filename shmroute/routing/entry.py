@@ -118,39 +118,57 @@ def _has_shape(array: int, rank: int, tokens: int, width: int) -> bool:
     return word_at(shape) == tokens and word_at(shape + WORD) == width
 
 
+@inlined
+def _tokens_in(plan: int, logits: int, experts: int, weights: int) -> int:
+    """How many tokens three arrays are for, or -1 if they are not what a kernel takes as it is."""
+    array_type = word_at(plan + p.ARRAY_TYPE * WORD)
+    floats, ints = word_at(plan + p.FLOAT32 * WORD), word_at(plan + p.INT32 * WORD)
+    if not (
+        _is_array(logits, array_type, floats, READABLE)
+        and _is_array(experts, array_type, ints, WRITABLE)
+        and _is_array(weights, array_type, floats, WRITABLE)
+    ):
+        return -1
+    rank = id_at(logits + ARRAY_RANK)
+    if not 1 <= rank <= 2:
+        return -1
+    tokens = 1 if rank == 1 else word_at(word_at(logits + ARRAY_SHAPE))
+    k = word_at(plan + p.TOP_K * WORD)
+    if (
+        _has_shape(logits, rank, tokens, word_at(plan + p.NUM_EXPERTS * WORD))
+        and _has_shape(experts, rank, tokens, k)
+        and _has_shape(weights, rank, tokens, k)
+    ):
+        return tokens
+    return -1
+
+
+@inlined
+def _route_arrays(plan: int, logits: int, experts: int, weights: int) -> int:
+    """`route` on three arrays, if they are what it takes."""
+    tokens = _tokens_in(plan, logits, experts, weights)
+    if tokens < 0:
+        return BAD_ARRAY
+    logits_at, experts_at, weights_at = (
+        word_at(logits + ARRAY_DATA), word_at(experts + ARRAY_DATA), word_at(weights + ARRAY_DATA),
+    )  # fmt: skip
+    if tokens == 1:
+        return route(plan, logits_at, experts_at, weights_at, tokens)
+    thread = _release_gil()
+    code = route(plan, logits_at, experts_at, weights_at, tokens)
+    _retake_gil(thread)
+    return code
+
+
 @kernel(types.int64(types.int64, types.int64, types.int64, types.int64))
 def call_route_into(words: int, arguments: int, count: int, names: int) -> int:
     """The C function: `words` is the plan's words, an ndarray object; the rest is as METH_FASTCALL | METH_KEYWORDS."""
     plan = word_at(words + ARRAY_DATA)
     code = BAD_ARRAY
     if count == 3 and names == 0:
-        logits, experts, weights = word_at(arguments), word_at(arguments + WORD), word_at(arguments + 2 * WORD)
-        array_type, floats, ints = (
-            word_at(plan + p.ARRAY_TYPE * WORD), word_at(plan + p.FLOAT32 * WORD), word_at(plan + p.INT32 * WORD),
+        code = _route_arrays(
+            plan, word_at(arguments), word_at(arguments + WORD), word_at(arguments + 2 * WORD)
         )  # fmt: skip
-        if (
-            _is_array(logits, array_type, floats, READABLE)
-            and _is_array(experts, array_type, ints, WRITABLE)
-            and _is_array(weights, array_type, floats, WRITABLE)
-        ):
-            rank = id_at(logits + ARRAY_RANK)
-            if rank == 1 or rank == 2:  # noqa: PLR1714 - a tuple is made of them
-                tokens = 1 if rank == 1 else word_at(word_at(logits + ARRAY_SHAPE))
-                num_experts, k = word_at(plan + p.NUM_EXPERTS * WORD), word_at(plan + p.TOP_K * WORD)
-                if (
-                    _has_shape(logits, rank, tokens, num_experts)
-                    and _has_shape(experts, rank, tokens, k)
-                    and _has_shape(weights, rank, tokens, k)
-                ):
-                    logits_at, experts_at, weights_at = (
-                        word_at(logits + ARRAY_DATA), word_at(experts + ARRAY_DATA), word_at(weights + ARRAY_DATA),
-                    )  # fmt: skip
-                    if rank == 1:
-                        code = route(plan, logits_at, experts_at, weights_at, tokens)
-                    else:
-                        thread = _release_gil()
-                        code = route(plan, logits_at, experts_at, weights_at, tokens)
-                        _retake_gil(thread)
     if code < 0:
         return _call_likewise(word_at(plan + p.FALLBACK * WORD), arguments, count, names)
     result = _box(code)
