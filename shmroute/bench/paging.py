@@ -1,7 +1,8 @@
 """Paging: how fast the pager loads, beside plain reads of the same ranges, and how often it reads.
 
 There are twice as many experts as slots, in two halves. Each sample asks for the half that is not resident, so every
-load also evicts. *Warm* means that the file is in the page cache and the pager leaves it there; *cold*, that the cache
+load also evicts. Before that their affinity is raised, as routing does before a worker asks: otherwise all are worth
+the same, and the pager may evict what was just asked for rather than what nobody wants. *Warm* means that the file is in the page cache and the pager leaves it there; *cold*, that the cache
 was told to forget the file just before each sample (a virtual machine's host may remember it all the same).
 """
 
@@ -25,6 +26,7 @@ from shmroute.bench.paging_peers import PEERS, LoadInto
 from shmroute.bench.partners import crew, held, let_go
 from shmroute.bench.report import HIGHER, LOWER, Table, exact, table
 from shmroute.bench.stage import Bench, segment_name, segment_of
+from shmroute.budget import slot_bytes_of
 from shmroute.config import PagerConfig, RuntimeConfig
 from shmroute.lifecycle import attach, create
 from shmroute.runtime import Runtime
@@ -62,17 +64,11 @@ def bandwidth(bench: Bench, made: Checkpoint, cold: bool) -> Table:
         enter = resources.enter_context
         target = enter(_memory(made))
         pool = enter(ThreadPoolExecutor(IO_THREADS))
-        contestants = [
-            Contestant(SUBJECT, partial(_by_pager, enter(paged(made, IO_THREADS)), cycle(_halves(made)), made, cold))
-        ]
+        contestants = [_pager_contestant(SUBJECT, bench, made, cold, enter(paged(made, IO_THREADS)))]
         if cold:
             dropping = enter(paged(made, IO_THREADS, drop=True))
-            contestants.append(
-                Contestant(
-                    "pager that then drops the file's pages (the default)",
-                    partial(_by_pager, dropping, cycle(_halves(made)), made, cold),
-                )
-            )
+            name = "pager that then drops the file's pages (the default)"
+            contestants.append(_pager_contestant(name, bench, made, cold, dropping))
         for name, make in PEERS.items():
             contestants.append(
                 Contestant(
@@ -88,6 +84,15 @@ def bandwidth(bench: Bench, made: Checkpoint, cold: bool) -> Table:
     )  # fmt: skip
 
 
+def _pager_contestant(name: str, bench: Bench, made: Checkpoint, cold: bool, runtime: Runtime) -> Contestant:
+    wanted = (bench.scale.rounds + 1) * (made.experts // 2)  # with the sample that warms up
+
+    def details() -> dict[str, float]:
+        return {"loads each": runtime.metrics().pager.counters["loads"] / wanted}
+
+    return Contestant(name, partial(_by_pager, runtime, cycle(_halves(made)), made, cold), details)
+
+
 def _halves(made: Checkpoint) -> list[list[int]]:
     half = made.experts // 2
     return [list(range(half)), list(range(half, made.experts))]
@@ -96,8 +101,9 @@ def _halves(made: Checkpoint) -> list[list[int]]:
 @contextmanager
 def paged(made: Checkpoint, io_threads: int, *, drop: bool = False, slots: int | None = None) -> Iterator[Runtime]:
     """A runtime with a pager over a checkpoint, and slots for half of its experts."""
+    budget = (slots or made.experts // 2) * slot_bytes_of(made.expert_bytes)
     config = RuntimeConfig.from_checkpoint(
-        made.folder, f"{(slots or made.experts // 2) * (made.expert_bytes + 4096)}",
+        made.folder, budget,
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=drop, prefetch=0),
     )  # fmt: skip
     with create(segment_name(), config, pager=True, progress=None) as runtime:
@@ -118,6 +124,7 @@ def _memory(made: Checkpoint) -> Iterator[list[memoryview]]:
 def _by_pager(runtime: Runtime, halves: Iterator[list[int]], made: Checkpoint, cold: bool) -> float:
     """MB/s until each expert of a half has been leased once."""
     experts = next(halves)
+    runtime.affinity(0).update(experts)
     if cold:
         made.forget()
     began = time.perf_counter()

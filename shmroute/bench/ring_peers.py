@@ -27,6 +27,9 @@ from shmroute.shared.layout import HEADER_BELL
 from shmroute.shared.ring import EMPTY, ring_has_work, ring_pop, ring_push
 from shmroute.shared.segment import SHM, Segment, attach_segment
 
+BUFFER = 64
+"""Samples that iceoryx2 keeps for a subscriber; it drops the oldest of more, should the receiver lose its core."""
+
 Send = Callable[[int], object]
 Receive = Callable[[float], bool]
 
@@ -286,6 +289,7 @@ class Iceoryx2:
         mode = iox2.SignalHandlingMode.Disabled
         node = iox2.NodeBuilder.new().config(config).signal_handling_mode(mode).create(iox2.ServiceType.Ipc)
         samples = node.service_builder(iox2.ServiceName.new("samples")).publish_subscribe(ctypes.c_uint64)
+        samples = samples.subscriber_max_buffer_size(BUFFER)
         event = node.service_builder(iox2.ServiceName.new("event")).event()
         opened = samples.open_or_create(), event.open_or_create()
         self._kept += [node, *opened]
@@ -313,8 +317,10 @@ class Iceoryx2:
         duration = iox2.Duration.from_millis
 
         def receive(seconds: float) -> bool:
-            listener.timed_wait(duration(int(seconds * 1000)))
-            sample = subscriber.receive()
+            sample = subscriber.receive()  # first: several notifications may have become one event
+            if sample is None:
+                listener.timed_wait(duration(int(seconds * 1000)))
+                sample = subscriber.receive()
             if sample is None:
                 return False
             sample.delete()
