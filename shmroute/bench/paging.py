@@ -2,8 +2,11 @@
 
 There are twice as many experts as slots, in two halves. Each sample asks for the half that is not resident, so every
 load also evicts. Before that their affinity is raised, as routing does before a worker asks: otherwise all are worth
-the same, and the pager may evict what was just asked for rather than what nobody wants. *Warm* means that the file is in the page cache and the pager leaves it there; *cold*, that the cache
-was told to forget the file just before each sample (a virtual machine's host may remember it all the same).
+the same, and the pager may evict what was just asked for rather than what nobody wants. That each was loaded once is
+shown beside the pager's figures.
+
+*Warm* means that the file is in the page cache and the pager leaves it there; *cold*, that the cache was told to forget
+the file just before each sample (a virtual machine's host may remember it all the same).
 """
 
 from __future__ import annotations
