@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from shmroute import __version__
+from shmroute.cli.bench import bench
 from shmroute.cli.demo import demo
 from shmroute.cli.destroy import destroy
 from shmroute.cli.doctor import doctor
@@ -86,6 +87,7 @@ app.command(help=help_of(stat), cls=StatCommand)(stat)
 app.command(help=help_of(ls))(ls)
 app.command(help=help_of(destroy))(destroy)
 app.command(help=help_of(doctor))(doctor)
+app.command(help=help_of(bench))(bench)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numba import types
 
+from shmroute.routing.selection import scratch_length
 from shmroute.shared.atomic import WORD, cas, forget_views, load
 from shmroute.shared.kernel import kernel
 from shmroute.shared.layout import (
@@ -23,6 +24,7 @@ from shmroute.shared.layout import (
 )
 from shmroute.shared.metrics import LANE_COUNTERS
 from shmroute.shared.segment import Segment
+from shmroute.shared.stopwatch import cycle_scale
 
 # Words of a plan.
 STATUS: Final = 0
@@ -49,22 +51,30 @@ HISTOGRAM: Final = 20
 POWERS: Final = 21
 PARAMETERS: Final = 22  # float64: boost, max_score
 SNAPSHOT: Final = 23  # int64 [⌈E/64⌉]
-SCORES: Final = 24  # float64 [k]
-IDS: Final = 25  # int64 [k]
-PLAIN_IDS: Final = 26  # int64 [k], the choice without the bonus
-LAST: Final = 27  # int64 [E], per expert: ticks of the batch composed so far, -1 if not activated
-MAP_B: Final = 28  # float64 [E]
-MAP_C: Final = 29  # float64 [E]
-TIMES: Final = 30  # int64 [E]
-TOUCHED: Final = 31  # int64 [E]
-TOTALS: Final = 32  # int64 [3]: hits, changed choices, logits that are not finite
-QUEUED: Final = 33  # int64 [E], requests that the call pushed
+SCORES: Final = 24  # float64, of `scratch_length`
+CANDIDATES: Final = 25  # int32 likewise
+CHOSEN: Final = 26  # int32 likewise
+MAPS: Final = 27  # float64 [E, 2], per expert: b and c of its map
+TIMES: Final = 28  # int64 [E + 1], how often the call chose an expert; all 0 between calls
+TOUCHED: Final = 29  # int64 [E + 1], the experts that it chose, each once, in order; then rubbish
+QUEUED: Final = 30  # int64 [E], requests that the call pushed
+CYCLE_SCALE: Final = 31  # see `shmroute.shared.stopwatch`
 # Written by a call.
-QUEUED_COUNT: Final = 34
-BAD_ROW: Final = 35
-BAD_FINITE: Final = 36
-BELL_WORD: Final = 37
-PLAN_WORDS: Final = 38
+QUEUED_COUNT: Final = 32
+BAD_ROW: Final = 33
+BAD_FINITE: Final = 34
+BELL_WORD: Final = 35
+HITS: Final = 36
+CHANGED: Final = 37  # choices that the bonus changed
+NOT_FINITE_LOGITS: Final = 38
+TOUCHED_COUNT: Final = 39
+# Objects of Python's, by address; see `shmroute.routing.entry`.
+ARRAY_TYPE: Final = 40
+FLOAT32: Final = 41
+INT32: Final = 42
+FALLBACK: Final = 43
+FINISH: Final = 44
+PLAN_WORDS: Final = 45
 
 IDLE: Final = 0
 IN_USE: Final = 1
@@ -102,6 +112,7 @@ class Plan:
         words[MEMORY_AWARE] = config.router.memory_aware
         words[RENORMALIZE] = config.router.renormalize
         words[TIMED] = config.router.metrics
+        words[CYCLE_SCALE] = cycle_scale() if config.router.metrics else 0
         words[LAYER], words[LANE] = layer, lane
         words[CLOCK] = base + layout.clock + layer * LINE
         for word, region in (
@@ -125,15 +136,12 @@ class Plan:
         words[PARAMETERS] = parameters.ctypes.data
         for word, count, dtype in (
             (SNAPSHOT, -(-experts // 64), np.int64),
-            (SCORES, k, np.float64),
-            (IDS, k, np.int64),
-            (PLAIN_IDS, k, np.int64),
-            (LAST, experts, np.int64),
-            (MAP_B, experts, np.float64),
-            (MAP_C, experts, np.float64),
-            (TIMES, experts, np.int64),
-            (TOUCHED, experts, np.int64),
-            (TOTALS, 3, np.int64),
+            (SCORES, scratch_length(experts), np.float64),
+            (CANDIDATES, scratch_length(experts), np.int32),
+            (CHOSEN, scratch_length(experts), np.int32),
+            (MAPS, 2 * experts, np.float64),
+            (TIMES, experts + 1, np.int64),
+            (TOUCHED, experts + 1, np.int64),
             (QUEUED, experts, np.int64),
         ):
             words[word] = self._block(count, dtype).ctypes.data

@@ -21,7 +21,8 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.scoring import softmax_weights
-from shmroute.routing.selection import is_resident, select_top_k
+from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
+from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,
     activate,
@@ -34,20 +35,19 @@ from shmroute.shared.affinity import (
 from shmroute.shared.atomic import (
     WORD,
     cas,
-    f32_array,
     f64_array,
     fetch_add,
-    i32_array,
     i64_array,
     load,
-    monotonic_ns,
     store,
 )
 from shmroute.shared.bell import heard
+from shmroute.shared.bits import count_bits
 from shmroute.shared.experts import QUEUE
-from shmroute.shared.kernel import inner, kernel
+from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
+from shmroute.shared.stopwatch import nanoseconds, reading
 from shmroute.shared.words import NORMAL, PAGE_IN, pack_request, unpack_bonus
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
@@ -59,113 +59,132 @@ REFUSED: Final = -4
 
 
 @inner
+def _take_snapshot(bitmap: int, snapshot_at: int, num_experts: int) -> int:
+    """Copy a layer's residency bitmap; how many of its bits are set."""
+    resident = 0
+    snapshot = i64_array(snapshot_at, (num_experts + 63) >> 6)
+    for i in range((num_experts + 63) >> 6):
+        word = load(bitmap + i * WORD)
+        snapshot[i] = word
+        resident += count_bits(word)
+    return resident
+
+
+@inlined
+def _touch(times_at: int, touched_at: int, count: int, expert: int) -> int:
+    """Count a choice; how many experts have been chosen by now."""
+    times = word_at(times_at + expert * WORD)
+    put_word(touched_at + count * WORD, expert)
+    put_word(times_at + expert * WORD, times + 1)
+    return count + int(times == 0)
+
+
+@inner
+def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
+    """Leave no expert counted, for a batch that is refused."""
+    for i in range(count):
+        put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
+
+
+@inner
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
-    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    logits = f32_array(logits_at, tokens * num_experts)
-    experts = i32_array(experts_at, tokens * k)
-    weights = f32_array(weights_at, tokens * k)
-    snapshot_words = (num_experts + 63) >> 6
-    snapshot = i64_array(words[p.SNAPSHOT], snapshot_words)
-    scores = f64_array(words[p.SCORES], k)
-    ids = i64_array(words[p.IDS], k)
-    plain = i64_array(words[p.PLAIN_IDS], k)
-    for i in range(snapshot_words):
-        snapshot[i] = load(words[p.RESIDENT] + i * WORD)
+    num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
+    snapshot_at, scores_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CHOSEN]
+    times_at, touched_at = words[p.TIMES], words[p.TOUCHED]
+    resident = _take_snapshot(words[p.RESIDENT], snapshot_at, num_experts)
     bonus = 0.0
-    if words[p.MEMORY_AWARE] == 1:
+    if words[p.MEMORY_AWARE] == 1 and 0 < resident < num_experts:  # else it would raise none, or all alike
         bonus = unpack_bonus(load(words[p.BONUS]))
 
-    hits = changed = nonfinite = 0
+    hits = changed = nonfinite = touched = 0
     for token in range(tokens):
-        first = token * num_experts
-        finite = select_top_k(logits, first, num_experts, 0.0, snapshot, scores, ids, k)
+        row_at = logits_at + token * num_experts * 4
+        finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
+            _forget_touched(words, touched)
             return NOT_FINITE
         nonfinite += num_experts - finite
-        if bonus != 0.0:
-            missing = 0
-            for rank in range(k):
-                plain[rank] = ids[rank]
-                if not is_resident(snapshot, ids[rank]):
-                    missing += 1
-            if missing > 0:
-                select_top_k(logits, first, num_experts, bonus, snapshot, scores, ids, k)
-                for rank in range(k):
-                    same = 0
-                    for other in range(k):
-                        if plain[other] == ids[rank]:
-                            same = 1
-                    changed += 1 - same
-        softmax_weights(logits, first, num_experts, ids, k, words[p.RENORMALIZE] == 1, weights, token * k)
+        present = count_resident(snapshot_at, chosen_at, k)
+        if bonus != 0.0 and present < k:
+            last = id_at(chosen_at + (k - 1) * ID)
+            select_raised(row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k)
+            changed += count_after(row_at, chosen_at, k, last)
+            present = count_resident(snapshot_at, chosen_at, k)
+        hits += present
         for rank in range(k):
-            experts[token * k + rank] = ids[rank]
-            if is_resident(snapshot, ids[rank]):
-                hits += 1
-    totals = i64_array(words[p.TOTALS], 3)
-    totals[0], totals[1], totals[2] = hits, changed, nonfinite
+            expert = id_at(chosen_at + rank * ID)
+            put_id(experts_at + (token * k + rank) * ID, expert)
+            touched = _touch(times_at, touched_at, touched, expert)
+    # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
+    for token in range(tokens):
+        row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
+        softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at + token * k * 4)
+    words[p.HITS], words[p.CHANGED], words[p.NOT_FINITE_LOGITS] = hits, changed, nonfinite
+    words[p.TOUCHED_COUNT] = touched
     return 0
 
 
 @inner
-def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
-    """Compose each touched expert's map over the batch and apply it; how many were touched."""
+def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+    """Compose each touched expert's map over the batch, from the last token back.
+
+    Backwards, all activations of one token share one power of the decay. An activation at a tick with r ticks after it
+    adds ``boost d^r`` to the batch's worth b; its clamp lets pass no more than ``max_score d^r`` and what later
+    activations add.
+    """
     num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    table = words[p.POWERS]
-    experts = i32_array(experts_at, tokens * k)
     parameters = f64_array(words[p.PARAMETERS], 2)
     boost, max_score = parameters[0], parameters[1]
-    last = i64_array(words[p.LAST], num_experts)
-    map_b = f64_array(words[p.MAP_B], num_experts)
-    map_c = f64_array(words[p.MAP_C], num_experts)
-    times = i64_array(words[p.TIMES], num_experts)
-    touched = i64_array(words[p.TOUCHED], num_experts)
-    for expert in range(num_experts):
-        last[expert] = -1
-    count = 0
-    for pair in range(tokens * k):
-        expert = int(experts[pair])
-        if expert < 0 or expert >= num_experts:
-            continue  # the caller's array changed under this call: two threads share it, or it overlaps `weights`
-        tick = pair // k + 1
-        if last[expert] < 0:
-            last[expert], map_b[expert], map_c[expert], times[expert] = 0, 0.0, NO_CLAMP, 0
-            touched[count] = expert
-            count += 1
-        power = decay_power(table, tick - last[expert])
-        map_b[expert] = power * map_b[expert] + boost
-        map_c[expert] = min(max_score, power * map_c[expert] + boost)
-        last[expert] = tick
-        times[expert] += 1
-
-    start = advance_clock(words[p.CLOCK], tokens)
-    end = start + tokens
-    for i in range(count):
-        expert = touched[i]
-        power = decay_power(table, tokens - last[expert])
-        activate(
-            words[p.AFFINITY] + expert * WORD, words[p.CLOCK], table, start, end,
-            power * map_b[expert], power * map_c[expert], max_score,
-        )  # fmt: skip
-        count_activation(words[p.ACTIVATIONS] + expert * WORD, times[expert])
-    if crosses_restamp(start, tokens):
-        restamp(words[p.AFFINITY], words[p.CLOCK], table, num_experts)
-    return count
+    maps_at, touched_at = words[p.MAPS], words[p.TOUCHED]
+    for i in range(words[p.TOUCHED_COUNT]):
+        map_at = maps_at + word_at(touched_at + i * WORD) * 2 * WORD
+        put_score(map_at, 0.0)
+        put_score(map_at + WORD, NO_CLAMP)
+    for token in range(tokens - 1, -1, -1):
+        power = decay_power(words[p.POWERS], tokens - 1 - token)
+        for rank in range(k):
+            expert = id_at(experts_at + (token * k + rank) * ID)
+            if expert < 0 or expert >= num_experts:
+                continue  # the caller's array changed under this call: two threads share it, or it overlaps `weights`
+            map_at = maps_at + expert * 2 * WORD
+            later = score_at(map_at)
+            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))
+            put_score(map_at, power * boost + later)
 
 
 @inner
-def _request_missing(words: npt.NDArray[np.int64], touched_count: int) -> int:
+def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+    """Compose each touched expert's map over the batch and apply it."""
+    table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], 2)[1]
+    _compose_maps(words, experts_at, tokens)
+    start = advance_clock(words[p.CLOCK], tokens)
+    end = start + tokens
+    for i in range(words[p.TOUCHED_COUNT]):
+        expert = word_at(words[p.TOUCHED] + i * WORD)
+        map_at, times_at = words[p.MAPS] + expert * 2 * WORD, words[p.TIMES] + expert * WORD
+        activate(
+            words[p.AFFINITY] + expert * WORD, words[p.CLOCK], table, start, end,
+            score_at(map_at), score_at(map_at + WORD), max_score,
+        )  # fmt: skip
+        count_activation(words[p.ACTIVATIONS] + expert * WORD, word_at(times_at))
+        put_word(times_at, 0)
+    if crosses_restamp(start, tokens):
+        restamp(words[p.AFFINITY], words[p.CLOCK], table, words[p.NUM_EXPERTS])
+
+
+@inner
+def _request_missing(words: npt.NDArray[np.int64]) -> int:
     """Request every touched expert that was not resident; how many requests this call queued."""
     num_experts = words[p.NUM_EXPERTS]
-    snapshot = i64_array(words[p.SNAPSHOT], (num_experts + 63) >> 6)
     touched = i64_array(words[p.TOUCHED], num_experts)
     queued = i64_array(words[p.QUEUED], num_experts)
     count = 0
-    for i in range(touched_count):
+    for i in range(words[p.TOUCHED_COUNT]):
         expert = touched[i]
-        if is_resident(snapshot, expert):
+        if bit_at(words[p.SNAPSHOT], expert) == 1:
             continue
         offset = expert * WORD
         code = submit(
@@ -176,6 +195,30 @@ def _request_missing(words: npt.NDArray[np.int64], touched_count: int) -> int:
             queued[count] = pack_request(words[p.LAYER], expert, PAGE_IN, NORMAL, words[p.LANE])
             count += 1
     return count
+
+
+@inner
+def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
+    """Second pass: what `route` returns."""
+    counters, misses = words[p.COUNTERS], tokens * words[p.TOP_K] - words[p.HITS]
+    _record_affinity(words, experts_at, tokens)
+    code: int = misses
+    if misses > 0:
+        words[p.QUEUED_COUNT] = _request_missing(words)
+        fetch_add(counters + LaneCounter.MISSES * WORD, misses)
+        if words[p.QUEUED_COUNT] > 0:
+            words[p.BELL_WORD] = heard(words[p.BELL], 0)
+            if words[p.BELL_WORD] != 0:
+                code = misses | RING_BELL
+    store(words[p.CURSOR], words[p.LAYER])
+    fetch_add(counters + LaneCounter.CALLS * WORD, 1)
+    fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)
+    fetch_add(counters + LaneCounter.HITS * WORD, words[p.HITS])
+    if words[p.CHANGED] > 0:
+        fetch_add(counters + LaneCounter.CHANGED * WORD, words[p.CHANGED])
+    if words[p.NOT_FINITE_LOGITS] > 0:
+        fetch_add(counters + LaneCounter.NONFINITE * WORD, words[p.NOT_FINITE_LOGITS])
+    return code
 
 
 @inner
@@ -192,36 +235,16 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     if not cas(plan, p.IDLE, p.IN_USE):
         return REFUSED if load(plan) == p.CLOSED else BUSY
     words = i64_array(plan, p.PLAN_WORDS)
-    timed = words[p.TIMED] == 1
-    began = monotonic_ns() if timed else 0
+    timed, scale = words[p.TIMED] == 1, words[p.CYCLE_SCALE]
+    began = reading(scale) if timed else 0
     words[p.QUEUED_COUNT] = 0
     code = 0
     if tokens > 0:
         code = _choose(words, logits_at, experts_at, weights_at, tokens)
         if code == 0:
-            totals = i64_array(words[p.TOTALS], 3)
-            hits, changed, nonfinite = totals[0], totals[1], totals[2]
-            misses = tokens * words[p.TOP_K] - hits
-            touched = _record_affinity(words, experts_at, tokens)
-            code = misses
-            counters = words[p.COUNTERS]
-            if misses > 0:
-                words[p.QUEUED_COUNT] = _request_missing(words, touched)
-                fetch_add(counters + LaneCounter.MISSES * WORD, misses)
-                if words[p.QUEUED_COUNT] > 0:
-                    words[p.BELL_WORD] = heard(words[p.BELL], 0)
-                    if words[p.BELL_WORD] != 0:
-                        code = misses | RING_BELL
-            store(words[p.CURSOR], words[p.LAYER])
-            fetch_add(counters + LaneCounter.CALLS * WORD, 1)
-            fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)
-            fetch_add(counters + LaneCounter.HITS * WORD, hits)
-            if changed > 0:
-                fetch_add(counters + LaneCounter.CHANGED * WORD, changed)
-            if nonfinite > 0:
-                fetch_add(counters + LaneCounter.NONFINITE * WORD, nonfinite)
+            code = _record(words, experts_at, tokens)
             if timed:
-                record_duration(words[p.HISTOGRAM], monotonic_ns() - began)
+                record_duration(words[p.HISTOGRAM], nanoseconds(reading(scale) - began, scale))
     store(plan, p.IDLE)
     return code
 

@@ -164,6 +164,15 @@ def _monotonic_ns(typingctx: Any) -> Any:
     return types.int64(), body
 
 
+@intrinsic
+def _cycle_count(typingctx: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_I64, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), body
+
+
 # ------------------------------------------------------------------ interpreted bodies
 
 
@@ -292,6 +301,11 @@ def monotonic_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
+def cycle_count() -> int:
+    """The processor's time-stamp counter (`shmroute.shared.stopwatch` says when it may be used); compiled only."""
+    raise NotImplementedError("only compiled kernels read the time-stamp counter")
+
+
 def _array(address: int, count: int, ctype: Any, dtype: Any) -> npt.NDArray[Any]:
     return np.frombuffer((ctype * int(count)).from_address(int(address)), dtype)
 
@@ -327,6 +341,7 @@ overload(cas)(lambda address, expected, desired: lambda address, expected, desir
 overload(fetch_add)(lambda address, value: lambda address, value: _fetch_add(address, value))
 overload(fetch_and)(lambda address, mask: lambda address, mask: _fetch_and(address, mask))
 overload(fetch_or)(lambda address, mask: lambda address, mask: _fetch_or(address, mask))
+overload(cycle_count)(lambda: lambda: _cycle_count())
 overload(monotonic_ns)(lambda: lambda: _monotonic_ns())
 
 

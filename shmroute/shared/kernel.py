@@ -119,6 +119,11 @@ def inner(function: F) -> F:
     return register_jitable(function)  # type: ignore[no-any-return]
 
 
+def inlined(function: F) -> F:
+    """`inner`, and pasted into its callers: for what runs for each token, and with constants for arguments."""
+    return register_jitable(forceinline=True)(function)  # type: ignore[no-any-return]
+
+
 def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int:
     """Make every entry point ready: from disk, or compiled and then kept there.
 
@@ -157,6 +162,12 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
     if progress is not None and compiled:
         progress(len(_entries), len(_entries), "")
     return compiled
+
+
+def c_function(dispatcher: Any) -> int:
+    """Address of an entry point as a C function of its signature; `load_kernels` must have run."""
+    (overload,) = dispatcher.overloads.values()
+    return int(overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name))
 
 
 def _is_cached(dispatcher: Any) -> bool:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.shared.atomic import WORD, fetch_add, i64_array, load
+from shmroute.shared.bits import bit_length
 from shmroute.shared.kernel import inner, kernel
 
 
@@ -81,11 +82,8 @@ def bucket_of(ns: int) -> int:
     """The histogram bucket of a duration."""
     if ns < 8:
         return max(ns, 0)
-    octave = 0
-    while ns >= 16:
-        ns >>= 1
-        octave += 1
-    return min((octave + 1) * 8 + (ns & 7), BUCKETS - 1)
+    octave = bit_length(ns) - 4
+    return min((octave + 1) * 8 + ((ns >> octave) & 7), BUCKETS - 1)
 
 
 @inner

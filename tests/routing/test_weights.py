@@ -28,6 +28,18 @@ def expected(logits: npt.NDArray[np.float32], experts: npt.NDArray[np.int32], re
     return np.take_along_axis(softmax(logits), experts, axis=-1)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 16, 17, 40])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_any_number_of_experts_shares_as_a_softmax_does(
+    make_runtime: Callable[..., Runtime], renormalize: bool, k: int
+) -> None:
+    router = make_runtime(num_experts=70, top_k=k, router=RouterConfig(renormalize=renormalize)).router(0)
+    logits = (np.random.default_rng(k).normal(size=(50, 70)) * 3).astype(np.float32)
+    logits[:25, 7::9] = np.nan
+    decision = router.route(logits)
+    assert decision.weights == pytest.approx(expected(logits, decision.experts, renormalize), rel=1e-6, abs=1e-9)
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 50.0, 1e4, 3e37])
 def test_weights_are_a_plain_softmax(make_runtime: Callable[..., Runtime], renormalize: bool, scale: float) -> None:

@@ -33,11 +33,11 @@ AFFINITY = (
     Mutant(
         "batch composition without clamp",
         "composed maps keep the clamp",
-        "routing.route:_record_affinity",
+        "routing.route:_compose_maps",
         (
             (
-                "        map_c[expert] = min(max_score, power * map_c[expert] + boost)",
-                "        map_c[expert] = NO_CLAMP",
+                "            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))\n",
+                "",
             ),
         ),
         ("affinity-clamped",),

@@ -1,0 +1,173 @@
+"""Routing: one token and batches, beside the parts it is made of and other ways to choose.
+
+| contestant | what its difference to `route_into` says |
+|---|---|
+| three arrays into compiled code | what no function with this interface can undercut |
+| selection alone | what all of sharing costs: residency, affinity, counters, requests |
+| the reference's rule | what lazy decay saves: every score decays by a CAS at every token (and nothing is counted) |
+| behind a lock | what one lock for all workers would cost, nobody else wanting it |
+| without timing | what the latency histogram costs: two readings of the clock |
+| half / nothing resident | the second selection, and what a miss adds when its request is already queued |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.bench import kernels
+from shmroute.bench.measuring import Contestant, Latencies, Loop, contest
+from shmroute.bench.report import Table, table
+from shmroute.bench.routing_peers import PEERS
+from shmroute.bench.stage import ROWS, Bench, logits, routing_runtime, token_rows
+from shmroute.runtime import Runtime
+
+GEOMETRIES = ((8, 2), (64, 6), (128, 8), (256, 8))
+"""(E, k): those of Mixtral, DeepSeek-V2 and OLMoE, Qwen3-MoE, DeepSeek-V3."""
+
+BATCHES = (32, 256)
+
+SUBJECT = "route_into"
+
+
+def measure(bench: Bench) -> Iterator[Table]:
+    """All routing tables."""
+    for experts, top_k in GEOMETRIES:
+        with _runtimes(experts, top_k) as runtimes:
+            yield from _one_token(bench, runtimes, experts, top_k)
+            for tokens in BATCHES:
+                yield _batch(bench, runtimes, experts, top_k, tokens)
+
+
+@contextlib.contextmanager
+def _runtimes(experts: int, top_k: int) -> Iterator[dict[str, Runtime]]:
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        yield {
+            "all": enter(routing_runtime(experts, top_k)),
+            "untimed": enter(routing_runtime(experts, top_k, metrics=False)),
+            "half": enter(routing_runtime(experts, top_k, resident=range(0, experts, 2))),
+            "none": enter(routing_runtime(experts, top_k, resident=[])),
+            "eager": enter(routing_runtime(experts, top_k)),
+        }
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to route: ``call(row, experts, weights)``, or ``call(plan's address, row, experts, weights)``.
+
+    Called as they are, without a wrapper in between, which would cost as much as some of them do.
+    """
+
+    call: Callable[..., object]
+    experts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    plan: kernels.PrivatePlan | None = None
+
+    def loop(self, rows: Sequence[Any]) -> Callable[[int], None]:
+        """For `Loop`: so many times all rows."""
+        call, experts, weights, plan = self.call, self.experts, self.weights, self.plan
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                for row in rows:
+                    call(row, experts, weights)
+
+        def run_with_plan(count: int) -> None:
+            address = plan.address if plan else 0
+            for _ in range(count):
+                for row in rows:
+                    call(address, row, experts, weights)
+
+        return run if plan is None else run_with_plan
+
+    def latencies(self, rows: Sequence[Any], count: int) -> Latencies:
+        """Of single calls."""
+        call, experts, weights, plan = self.call, self.experts, self.weights, self.plan
+        if plan is None:
+            return Latencies(lambda row: call(row, experts, weights), rows, count)
+        return Latencies(lambda row: call(plan.address, row, experts, weights), rows, count)
+
+
+def ways(bench: Bench, runtimes: dict[str, Runtime], top_k: int, tokens: int | None) -> dict[str, Way]:
+    """All ways to route one token (`tokens` None) or a batch, by name; the first is the subject."""
+    shape = (top_k,) if tokens is None else (tokens, top_k)
+    ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    token = tokens is None
+
+    def into(name: str) -> Way:
+        return Way(runtimes[name].router(0).route_into, ids, weights)
+
+    def kernel(loop: kernels.OnDemand) -> Way:
+        return Way(loop.compiled(), ids, weights, kernels.PrivatePlan(runtimes["eager"]))
+
+    found = {
+        SUBJECT: into("all"),
+        "… without timing": into("untimed"),
+        "… half of the experts resident": into("half"),
+        "… nothing resident, all requested": into("none"),
+        "three arrays into compiled code": kernel(kernels.bare_token if token else kernels.bare_batch),
+        "selection alone, nothing shared": kernel(kernels.select_token if token else kernels.select_batch),
+        "the reference's rule, a CAS per expert": kernel(kernels.eager_token if token else kernels.eager_batch),
+        "route_into behind a multiprocessing.Lock": Way(_locked(into("all").call), ids, weights),
+    }
+    for name, make in PEERS.items():
+        try:
+            found[name] = Way(make(ids, weights), ids, weights)
+        except ImportError as error:
+            bench.absent[name] = str(error)
+    return found
+
+
+def _locked(route: Callable[..., object]) -> Callable[..., object]:
+    lock = multiprocessing.Lock()
+
+    def call(row: Any, experts: Any, weights: Any) -> None:
+        with lock:
+            route(row, experts, weights)
+
+    return call
+
+
+def _one_token(bench: Bench, runtimes: dict[str, Runtime], experts: int, top_k: int) -> Iterator[Table]:
+    scale, rows = bench.scale, token_rows(experts)
+    found = ways(bench, runtimes, top_k, None)
+    results = contest(
+        [Contestant(name, Loop(way.loop(rows), scale.loop_seconds, per=len(rows))) for name, way in found.items()],
+        scale.rounds,
+    )
+    yield table(
+        f"routing/{experts}x{top_k}/token", f"one token, {experts} experts, top-{top_k}", "ns", results,
+        note="in a loop; every expert resident unless it says otherwise",
+    )  # fmt: skip
+    timed = []
+    for name, way in found.items():
+        latencies = way.latencies(rows, scale.calls)
+        timed.append(Contestant(name, latencies, latencies.details))
+    yield table(
+        f"routing/{experts}x{top_k}/latency", f"one token, {experts} experts, top-{top_k}: each call by itself", "ns",
+        contest(timed, scale.few_rounds),
+        note="percentiles of all calls, with one reading of the clock in each; max is the scheduler's",
+    )  # fmt: skip
+
+
+def _batch(bench: Bench, runtimes: dict[str, Runtime], experts: int, top_k: int, tokens: int) -> Table:
+    scale = bench.scale
+    rows = [logits(tokens, experts, seed) for seed in range(-(-2 * ROWS // tokens))]
+    results = contest(
+        [
+            Contestant(name, Loop(way.loop(rows), scale.loop_seconds, per=len(rows) * tokens))
+            for name, way in ways(bench, runtimes, top_k, tokens).items()
+        ],
+        scale.rounds,
+    )
+    return table(
+        f"routing/{experts}x{top_k}/batch{tokens}", f"batches of {tokens}, {experts} experts, top-{top_k}",
+        "ns per token", results,
+    )  # fmt: skip
