@@ -274,6 +274,7 @@ class RuntimeConfig:
         words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
+        words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]
         return shlex.join(words)
 
     def to_json(self) -> str:
