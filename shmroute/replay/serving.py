@@ -38,7 +38,7 @@ def serve(
     words = i64_array(table, t.TABLE_WORDS)
     experts, row_bytes = words[t.NUM_EXPERTS], words[t.ROW_BYTES]
     owners = i64_array(words[t.OWNERS], words[t.SLOTS])
-    boost = f64_array(words[t.BOOST], 2)[0]
+    boost = f64_array(words[t.NUMBERS], 4)[t.BOOST]
     used, evictions = 0, 0
     for step in range(len(layers)):
         layer = layers[step]

@@ -11,7 +11,13 @@ import pytest
 from shmroute.config import PagerConfig
 from shmroute.pager.eviction import history
 from shmroute.pager.eviction.names import POLICIES
-from shmroute.pager.eviction.next_use import rank_by_odds, tokens_until_use
+from shmroute.pager.eviction.next_use import (
+    LAST_TOKEN_GAIN,
+    TOKEN_BEFORE_GAIN,
+    rank_by_odds,
+    rank_factor,
+    tokens_until_use,
+)
 from shmroute.pager.eviction.victims import Eviction
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
@@ -295,10 +301,25 @@ def test_tokens_seen_at_once_count_as_if_spread_evenly(segment: Segment, make: M
 
 def test_the_odds_rise_with_use_and_with_its_freshness() -> None:
     def tokens(fast: float, slow: float, age: int, workers: int = 1) -> float:
-        return tokens_until_use(rank_by_odds(fast, slow, age, workers, 0.1), 0.1)
+        factors = rank_factor(LAST_TOKEN_GAIN, workers), rank_factor(TOKEN_BEFORE_GAIN, workers)
+        return tokens_until_use(rank_by_odds(fast, slow, age, workers, 0.1, *factors), 0.1)
 
     assert tokens(0.2, 0.1, 5) < tokens(0.1, 0.1, 5)
     assert tokens(0.1, 0.2, 5) < tokens(0.1, 0.1, 5)
     assert tokens(0.1, 0.1, 0) < tokens(0.1, 0.1, 1) < tokens(0.1, 0.1, 2) == tokens(0.1, 0.1, 3)
-    assert tokens(0.1, 0.1, 3, workers=4) == tokens(0.1, 0.1, 0)
+    assert tokens(0.1, 0.1, 0) < tokens(0.1, 0.1, 3, workers=4) < tokens(0.1, 0.1, 99)
     assert tokens(0.0, 0.0, 99) < 1e4  # never seen is not impossible
+
+
+def test_with_several_workers_the_latest_tokens_are_as_many_of_each(segment: Segment, make: Make) -> None:
+    eviction = make("expected-next-use")
+    for _ in range(3):
+        for layer in range(2):
+            for lane in range(2):
+                route(segment, (layer + lane) % 2, (5,), lane=lane)
+                eviction.observe()
+    before = eviction.shares(0)[0]
+    route(segment, 0, (0,))
+    eviction.observe()
+    rate = history.FAST_RATE / 2
+    assert eviction.shares(0)[0] == pytest.approx(before + rate * (1 - before))

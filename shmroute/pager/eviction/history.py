@@ -5,7 +5,8 @@ a layer that took n ticks since, in which an expert was chosen a times, its shar
 
     share <- share (1 - r)^n + a (1 - (1 - r)^n) / n
 
-at two rates r. That is the exponential moving average of "chosen or not" over tokens: exact for n = 1.
+at two rates r, the faster divided by the number of workers, each of which has a text of its own. That is the
+exponential moving average of "chosen or not" over tokens: exact for n = 1.
 
 *What is approximated.* For n > 1, that the a choices were spread evenly over the n tokens. A choice that was published
 after its clock's tick and after the observation counts one observation late. How long ago an expert was last used is
@@ -25,15 +26,16 @@ from typing import Final
 
 from numba import types
 
+from shmroute.pager.eviction.next_use import LAST_TOKEN_GAIN, TOKEN_BEFORE_GAIN, rank_factor
 from shmroute.pager.eviction.table import (
     ACTIVATIONS,
     AHEAD,
-    BOOST,
     CHANGED,
     CLOCK,
     FAST,
     LANE_BYTES,
     LANES,
+    LAST_TOKEN,
     LAST_USED,
     LOADED_AT,
     MAX_WORKERS,
@@ -41,8 +43,10 @@ from shmroute.pager.eviction.table import (
     NEVER,
     NUM_EXPERTS,
     NUM_LAYERS,
+    NUMBERS,
     OBSERVATION,
     OUTDATED,
+    PRIOR,
     ROW_BYTES,
     SEEN_CLOCK,
     SEEN_CURSOR,
@@ -50,6 +54,7 @@ from shmroute.pager.eviction.table import (
     SLOW,
     TABLE_WORDS,
     TICKS,
+    TOKEN_BEFORE,
     WORKERS,
 )
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load
@@ -57,8 +62,8 @@ from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE
 from shmroute.shared.words import NOBODY, identity_state
 
-FAST_RATE: Final = 0.1
-"""Of the average over the latest tokens, some ten."""
+FAST_RATE: Final = 0.15
+"""Of the average over the latest tokens, some seven of each worker."""
 
 SLOW_RATE: Final = 0.005
 """Of the average over many tokens, some two hundred."""
@@ -78,7 +83,7 @@ def begin_history(table: int) -> None:
     clocks = i64_array(words[SEEN_CLOCK], layers)
     totals = i64_array(words[SEEN_TOTAL], layers * experts)
     fast, slow = f64_array(words[FAST], layers * experts), f64_array(words[SLOW], layers * experts)
-    prior = f64_array(words[BOOST], 2)[1]
+    prior = f64_array(words[NUMBERS], 4)[PRIOR]
     for layer in range(layers):
         clocks[layer] = load(words[CLOCK] + layer * LINE)
         tokens = max(clocks[layer], 0)
@@ -119,6 +124,9 @@ def observe_workers(table: int, ticks: int) -> None:
                 distance += layers
             ahead[layer] = min(ahead[layer], distance)
     words[WORKERS] = max(workers, 1)
+    numbers = f64_array(words[NUMBERS], 4)
+    numbers[LAST_TOKEN] = rank_factor(LAST_TOKEN_GAIN, words[WORKERS])
+    numbers[TOKEN_BEFORE] = rank_factor(TOKEN_BEFORE_GAIN, words[WORKERS])
 
 
 @inner
@@ -143,7 +151,7 @@ def observe_history(table: int) -> None:
         if seen == 0:
             words[OBSERVATION] += 1
         seen += ticks
-        keep_fast, keep_slow = (1 - FAST_RATE) ** ticks, (1 - SLOW_RATE) ** ticks
+        keep_fast, keep_slow = (1 - FAST_RATE / words[WORKERS]) ** ticks, (1 - SLOW_RATE) ** ticks
         gain_fast, gain_slow = (1 - keep_fast) / ticks, (1 - keep_slow) / ticks
         row = words[ACTIVATIONS] + layer * words[ROW_BYTES]
         for expert in range(experts):

@@ -12,35 +12,42 @@ the future. d is the same for all experts of a layer, so `victims` adds it.
 
 *The probability.* The odds are a product of powers, that is, linear in logarithms:
 
-    p / (1 - p) = (fast · slow²)^a · e^c
+    p / (1 - p) = (fast · slow²)^a · (1 + c / W)
 
-with the expert's shares of the latest tokens and of many (`history`), and c > 0 if the layer's last token used it, less
-if the one before did. The powers and rates were fitted on recorded routing of five models, on one half of each trace,
-and judged on the other; results change little with them.
+with the expert's shares of the latest tokens and of many (`history`), and c > 0 if a worker's last token used it, less
+if the one before did: the next token is that worker's once in W times. The numbers were fitted on recorded routing of
+five models: many settings around them do as well, on either half of each trace.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from shmroute.shared.kernel import inner
 
-SHARES_POWER: Final = 0.3
+SHARES_POWER: Final = 0.2
 """Power of the product ``fast · slow²`` in the odds."""
-LAST_TOKEN: Final = 0.8
-"""Logarithm by which the odds rise for an expert that the last token used."""
-TOKEN_BEFORE: Final = 0.2
+LAST_TOKEN_GAIN: Final = 1.0
+"""By how much, in proportion, the odds rise for an expert that the last token used."""
+TOKEN_BEFORE_GAIN: Final = 0.2
 """Likewise for the token before it."""
-FLOOR: Final = 0.1
+FLOOR: Final = 0.01
 """Added to both shares, in units of k / E: never seen is not impossible."""
-
-LAST_TOKEN_FACTOR: Final = math.exp(LAST_TOKEN / SHARES_POWER)
-TOKEN_BEFORE_FACTOR: Final = math.exp(TOKEN_BEFORE / SHARES_POWER)
 
 
 @inner
-def rank_by_odds(fast: float, slow: float, age: int, workers: int, prior: float) -> float:
+def rank_factor(gain: float, workers: int) -> float:
+    """By what the rank of an expert is multiplied whose odds rise by a gain in one of several workers' tokens.
+
+    What a worker's last token used, that worker's next one is likelier to use; the other workers' next are not.
+    """
+    return float((1 + gain / workers) ** (1 / SHARES_POWER))
+
+
+@inner
+def rank_by_odds(
+    fast: float, slow: float, age: int, workers: int, prior: float, last_token: float, token_before: float
+) -> float:
     """A number that grows with the odds that a token uses an expert: these to the power of 1 / `SHARES_POWER`.
 
     Parameters
@@ -53,13 +60,15 @@ def rank_by_odds(fast: float, slow: float, age: int, workers: int, prior: float)
         How many are under way: each one's last token counts as the last.
     prior : float
         k / E.
+    last_token, token_before : float
+        `rank_factor` of the gains.
     """
     floor = FLOOR * prior
     rank = (fast + floor) * (slow + floor) * (slow + floor)
     if age < workers:
-        rank *= LAST_TOKEN_FACTOR
+        rank *= last_token
     elif age < 2 * workers:
-        rank *= TOKEN_BEFORE_FACTOR
+        rank *= token_before
     return rank
 
 

@@ -50,10 +50,16 @@ OBSERVATION: Final = 27  # how often something new was seen
 TICKS: Final = 28  # layer ticks seen, of all layers together
 WORKERS: Final = 29  # that move
 NEXT_LAYER: Final = 30  # where the search for changed layers goes on
-BOOST: Final = 31  # address of float64 [2]: affinity of an activation, prior probability of a choice
+NUMBERS: Final = 31  # address of float64 [4]: the following
 SCORE: Final = 32  # address of float64 [1]: affinity of the victim
 
 TABLE_WORDS: Final = 33
+
+# Of the numbers.
+BOOST: Final = 0  # affinity of an activation
+PRIOR: Final = 1  # probability of a choice, k / E
+LAST_TOKEN: Final = 2  # by how much the rank of an expert rises that a worker's last token used
+TOKEN_BEFORE: Final = 3  # or the one before it
 
 NEVER: Final = -1
 

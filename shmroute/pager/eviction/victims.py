@@ -29,7 +29,13 @@ from shmroute.pager.eviction.frequency import (
     least_frequently_used,
 )
 from shmroute.pager.eviction.history import begin, note_load, observe
-from shmroute.pager.eviction.next_use import rank_by_odds, tokens_until_use
+from shmroute.pager.eviction.next_use import (
+    LAST_TOKEN_GAIN,
+    TOKEN_BEFORE_GAIN,
+    rank_by_odds,
+    rank_factor,
+    tokens_until_use,
+)
 from shmroute.pager.eviction.recency import least_recently_used, least_stale
 from shmroute.pager.eviction.tables import Tables
 from shmroute.shared.affinity import age_of
@@ -76,7 +82,7 @@ def affinity_of(table: int, key: int) -> float:
     word = load(words[t.AFFINITY] + layer * words[t.ROW_BYTES] + key % experts * WORD)
     clock = load(words[t.CLOCK] + layer * LINE)  # after the word, as `age_of` demands
     loaded_at = i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
-    return current_affinity(word, clock, loaded_at, f64_array(words[t.BOOST], 2)[0], words[t.POWERS])
+    return current_affinity(word, clock, loaded_at, f64_array(words[t.NUMBERS], 4)[t.BOOST], words[t.POWERS])
 
 
 @inner
@@ -101,9 +107,10 @@ def worth_of(table: int, key: int) -> float:
     size = words[t.NUM_LAYERS] * words[t.NUM_EXPERTS]
     policy = words[t.POLICY]
     if policy == names.NEXT_USE:
+        numbers = f64_array(words[t.NUMBERS], 4)
         return rank_by_odds(
             f64_array(words[t.FAST], size)[key], f64_array(words[t.SLOW], size)[key], last_use(table, key),
-            words[t.WORKERS], f64_array(words[t.BOOST], 2)[1],
+            words[t.WORKERS], numbers[t.PRIOR], numbers[t.LAST_TOKEN], numbers[t.TOKEN_BEFORE],
         )  # fmt: skip
     if policy == names.AFFINITY:
         return affinity_of(table, key)
@@ -137,7 +144,7 @@ def worth_among_all(table: int, worth: float) -> float:
     words = i64_array(table, t.TABLE_WORDS)
     if words[t.POLICY] != names.NEXT_USE:
         return worth
-    tokens = tokens_until_use(worth, f64_array(words[t.BOOST], 2)[1])
+    tokens = tokens_until_use(worth, f64_array(words[t.NUMBERS], 4)[t.PRIOR])
     return float(-tokens * words[t.NUM_LAYERS] / words[t.WORKERS])
 
 
@@ -300,7 +307,8 @@ class Eviction:
             self._place(word, np.full(count, initial, np.int64))
         for word, count in ((t.FAST, layers * experts), (t.SLOW, layers * experts), (t.WORTH, layers)):
             self._place(word, np.zeros(count, np.float64))
-        self._place(t.BOOST, np.array([boost, config.top_k / experts]))
+        factors = rank_factor(LAST_TOKEN_GAIN, 1), rank_factor(TOKEN_BEFORE_GAIN, 1)
+        self._place(t.NUMBERS, np.array([boost, config.top_k / experts, *factors]))
         begin(self.table)
 
     def _place(self, word: int, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> None:
