@@ -12,6 +12,7 @@ from typing import Any
 
 from shmroute.budget import slot_bytes_of, slots_of_budget
 from shmroute.errors import CheckpointError, ConfigError
+from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
@@ -93,6 +94,9 @@ class PagerConfig:
         Seconds after which a prefetch that has not started is cancelled.
     retry_after : float
         Seconds before an expert that failed to load is tried again on demand; doubles up to 30 s.
+    eviction : str
+        Which resident expert goes first when a slot is needed: one of ``lru``, ``lfu``, ``lfru``,
+        ``decayed-frequency``, ``least-stale``, ``affinity`` and ``expected-next-use``.
     """
 
     io_threads: int = 2
@@ -101,6 +105,7 @@ class PagerConfig:
     prefetch: int = 2
     prefetch_stale: float = 1.0
     retry_after: float = 0.1
+    eviction: str = DEFAULT_POLICY
 
     def __post_init__(self) -> None:
         require_int("io_threads", self.io_threads, 1, 64)
@@ -109,6 +114,10 @@ class PagerConfig:
         require_float("prefetch_stale", self.prefetch_stale, 0, 3600, above=True)
         require_float("retry_after", self.retry_after, 0.001, 30)
         require(isinstance(self.drop_page_cache, bool), "drop_page_cache must be True or False")
+        require(
+            isinstance(self.eviction, str) and self.eviction in POLICIES,
+            f"eviction must be one of {', '.join(POLICIES)}, not {self.eviction!r}",
+        )
 
 
 @dataclass(frozen=True)
@@ -265,6 +274,7 @@ class RuntimeConfig:
         words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
+        words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]
         return shlex.join(words)
 
     def to_json(self) -> str:

@@ -151,3 +151,20 @@ class UnsupportedDtypeError(CheckpointError):
 
 class CheckpointChangedError(CheckpointError):
     """A file changed after it was opened."""
+
+
+# ------------------------------------------------------------------ traces
+
+
+class TraceError(ConfigError):
+    """A recording of routing cannot be read, or is not what it should be.
+
+    Attributes
+    ----------
+    path : str
+        The file at fault.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {reason}")

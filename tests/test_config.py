@@ -21,7 +21,9 @@ FULL = RuntimeConfig(
     **PLAIN,
     router=RouterConfig(cache_bonus=0.1, memory_aware=False, renormalize=False, metrics=False),
     affinity=AffinityConfig(decay=0.5, activation_boost=0.25, max_score=0.75),
-    pager=PagerConfig(io_threads=3, drop_page_cache=False, tick=0.5, prefetch=0, prefetch_stale=2, retry_after=0.5),
+    pager=PagerConfig(
+        io_threads=3, drop_page_cache=False, tick=0.5, prefetch=0, prefetch_stale=2, retry_after=0.5, eviction="lru"
+    ),
     max_workers=7,
     layer_numbers=(1, 3, 5, 7),
     hidden_size=128,
@@ -85,6 +87,17 @@ def test_a_fraction_is_no_count(field: str) -> None:
 def test_a_switch_is_true_or_false(kind: type, field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be True or False"):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize("value", ["fifo", "LRU", "", 0, None, True, ["lru"]])
+def test_an_eviction_policy_is_one_that_there_is(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"eviction must be one of lru, lfu, .*expected-next-use, not "):
+        PagerConfig(eviction=value)  # type: ignore[arg-type]
+
+
+def test_the_command_of_a_pager_names_its_policy_unless_it_is_the_default() -> None:
+    assert "--eviction" not in RuntimeConfig(**PLAIN).pager_command("n")
+    assert "--eviction lfu" in RuntimeConfig(**PLAIN, pager=PagerConfig(eviction="lfu")).pager_command("n")
 
 
 def test_the_bonus_is_on_the_logits() -> None:

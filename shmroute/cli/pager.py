@@ -14,6 +14,7 @@ from shmroute.cli.output import human_bytes, note
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
+from shmroute.pager.eviction.names import POLICIES
 from shmroute.pager.process import run_pager
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.removal import claim_destruction, unlink_segment, wait_until_gone
@@ -46,6 +47,9 @@ def pager(
     bonus: Annotated[
         float, typer.Option(help="Added to a resident expert's logit when experts are chosen.")
     ] = RouterConfig.cache_bonus,
+    eviction: Annotated[
+        str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
+    ] = PagerConfig.eviction,
 ) -> None:
     """Serve a cache of a checkpoint's experts until stopped.
 
@@ -64,7 +68,7 @@ def pager(
         checkpoint,
         budget,
         router=RouterConfig(cache_bonus=bonus),
-        pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache),
+        pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
     )
     load_kernels(report_compilation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.pager.eviction import Eviction
+from shmroute.pager.eviction.victims import Eviction
 from shmroute.pager.table import ExpertTable
 from shmroute.shared.experts import evict
 from shmroute.shared.segment import Segment
@@ -45,6 +45,7 @@ class Slots:
 
     def scan(self) -> list[int]:
         """Read the table once, for the owners of slots; the requested keys."""
+        self._eviction.observe()
         return self._table.scan(self._eviction.owners)
 
     def evict_first(self, key: int) -> None:
@@ -62,6 +63,7 @@ class Slots:
         worth : float, optional
             Evict only an expert of lower affinity than this.
         """
+        self._eviction.observe()  # here, where it counts, and in every sweep
         if self._free:
             return self._free.pop()
         for key in list(self._evict_first):
@@ -71,10 +73,11 @@ class Slots:
                 self.page_outs += 1
                 return slot
         while (found := self._eviction.victim(awaited)) is not None:
-            slot, score = found
+            key, score = found
             if worth is not None and worth <= score:
                 return None
-            if self._evict(int(self._eviction.owners[slot])) is not None:
+            slot = self._evict(key)
+            if slot is not None:
                 return slot
         return None
 

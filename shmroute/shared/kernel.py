@@ -30,8 +30,8 @@ from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
 
 PACKAGE = Path(__file__).resolve().parent.parent
-KERNEL_PACKAGES = ("shared", "routing", "pager")
-"""The sub-packages whose files hold kernels, or constants that kernels compile in."""
+KERNEL_PACKAGES = ("shared", "routing", "pager", "replay")
+"""The sub-packages whose files, at any depth, hold kernels, or constants that kernels compile in."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,8 +40,8 @@ def source_stamp() -> str:
     """Hex digest of all kernel sources and of what compiles them."""
     digest = hashlib.sha256()
     for package in KERNEL_PACKAGES:
-        for path in sorted((PACKAGE / package).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        for path in sorted((PACKAGE / package).rglob("*.py")):
+            digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for name in ("numba", "llvmlite", "atomics", "numpy"):
         digest.update(f"{name}={version(name)};".encode())
     digest.update(platform.python_version().encode())

@@ -22,7 +22,7 @@ from shmroute.metrics import read_metrics
 from shmroute.pager import daemon
 from shmroute.pager import slots as slots_module
 from shmroute.pager.daemon import Pager
-from shmroute.pager.eviction import Eviction
+from shmroute.pager.eviction.victims import Eviction
 from shmroute.pager.table import ExpertTable
 from shmroute.pager.waiters import Waiters, awaited_by_lane
 from shmroute.pager_lock import PagerLock
@@ -220,8 +220,8 @@ def test_a_victim_is_a_resident_expert_that_nobody_reads_or_awaits(
         found = eviction.victim(keys)
     if found is None:
         return
-    slot, score = found
-    key = int(eviction.owners[slot])
+    key, score = found
+    assert eviction.owners[expert_slot(contents[key])] == key
     assert expert_state(contents[key]) == RESIDENT
     assert expert_mask(contents[key]) == 0
     assert key not in awaited

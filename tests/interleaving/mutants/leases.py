@@ -20,8 +20,8 @@ LEASES = (
     Mutant(
         "eviction ignores wait words",
         "eviction passes over what a worker waits for",
-        "pager.eviction:find_victim",
-        (("            wanted |= waiting[i] == key", "            pass"),),
+        "pager.eviction.victims:is_awaited",
+        (("        found |= waiting[i] == key", "        pass"),),
         ("one-slot", "crowd"),
     ),
     Mutant(

@@ -1,0 +1,24 @@
+"""What an eviction policy reads: the tables of a segment, or private ones of the same layout."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shmroute.config import RuntimeConfig
+from shmroute.shared.layout import Layout
+
+
+class Tables(Protocol):
+    """A segment, as far as eviction is concerned; a replay has one of its own memory."""
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """The settings."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where everything lies."""
+
+    @property
+    def address(self) -> int:
+        """Where the first byte is."""
