@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from shmroute.errors import ShmrouteError
+from shmroute.shared.kernel import load_kernels
 
 PATIENCE = 60.0
 """Seconds after which an answer will never come."""
@@ -110,6 +111,7 @@ def _interrupts_blocked() -> Iterator[None]:
 def _serve(connection: Connection, cpu: int | None, inherited: dict[str, Any]) -> None:
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
+    load_kernels()
     with contextlib.suppress(EOFError, OSError):  # the bench closed its end, or is gone
         while True:
             function, arguments = connection.recv()

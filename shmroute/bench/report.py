@@ -20,8 +20,8 @@ FORMAT = 1
 
 LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
 
-FLOOR = 0.03
-"""Relative change of a sampled figure that is always noise: two builds of the same source differ by as much."""
+FLOOR = 0.05
+"""Relative change of a sampled figure that is always noise: two runs of the same build differ by as much."""
 
 
 @dataclass(frozen=True)

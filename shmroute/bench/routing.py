@@ -16,13 +16,14 @@ import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shmroute.bench import kernels
-from shmroute.bench.measuring import Contestant, Latencies, Loop, contest
+from shmroute.bench.measuring import Contestant, Latencies, Loop, contest, contest_anew
 from shmroute.bench.report import Table, table
 from shmroute.bench.routing_peers import PEERS
 from shmroute.bench.stage import ROWS, Bench, logits, routing_runtime, token_rows
@@ -39,10 +40,10 @@ SUBJECT = "route_into"
 def measure(bench: Bench) -> Iterator[Table]:
     """All routing tables."""
     for experts, top_k in GEOMETRIES:
-        with _runtimes(experts, top_k) as runtimes:
-            yield from _one_token(bench, runtimes, experts, top_k)
-            for tokens in BATCHES:
-                yield _batch(bench, runtimes, experts, top_k, tokens)
+        yield _one_token(bench, experts, top_k)
+        yield _latency(bench, experts, top_k)
+        for tokens in BATCHES:
+            yield _batch(bench, experts, top_k, tokens)
 
 
 @contextlib.contextmanager
@@ -135,39 +136,43 @@ def _locked(route: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-def _one_token(bench: Bench, runtimes: dict[str, Runtime], experts: int, top_k: int) -> Iterator[Table]:
-    scale, rows = bench.scale, token_rows(experts)
-    found = ways(bench, runtimes, top_k, None)
-    results = contest(
-        [Contestant(name, Loop(way.loop(rows), scale.loop_seconds, per=len(rows))) for name, way in found.items()],
-        scale.rounds,
-    )
-    yield table(
-        f"routing/{experts}x{top_k}/token", f"one token, {experts} experts, top-{top_k}", "ns", results,
+@contextlib.contextmanager
+def _loops(bench: Bench, experts: int, top_k: int, tokens: int | None) -> Iterator[list[Contestant]]:
+    """Fresh runtimes, arrays and loops."""
+    rows: list[Any] = token_rows(experts)
+    if tokens is not None:
+        rows = [logits(tokens, experts, seed) for seed in range(-(-2 * ROWS // tokens))]
+    per = len(rows) * (tokens or 1)
+    with _runtimes(experts, top_k) as runtimes:
+        yield [
+            Contestant(name, Loop(way.loop(rows), bench.scale.loop_seconds, per))
+            for name, way in ways(bench, runtimes, top_k, tokens).items()
+        ]
+
+
+def _one_token(bench: Bench, experts: int, top_k: int) -> Table:
+    return table(
+        f"routing/{experts}x{top_k}/token", f"one token, {experts} experts, top-{top_k}", "ns",
+        contest_anew(partial(_loops, bench, experts, top_k, None), bench.scale.rounds),
         note="in a loop; every expert resident unless it says otherwise",
     )  # fmt: skip
-    timed = []
-    for name, way in found.items():
-        latencies = way.latencies(rows, scale.calls)
-        timed.append(Contestant(name, latencies, latencies.details))
-    yield table(
+
+
+def _latency(bench: Bench, experts: int, top_k: int) -> Table:
+    contestants = []
+    with _runtimes(experts, top_k) as runtimes:
+        for name, way in ways(bench, runtimes, top_k, None).items():
+            latencies = way.latencies(token_rows(experts), bench.scale.calls)
+            contestants.append(Contestant(name, latencies, latencies.details))
+        results = contest(contestants, bench.scale.few_rounds)
+    return table(
         f"routing/{experts}x{top_k}/latency", f"one token, {experts} experts, top-{top_k}: each call by itself", "ns",
-        contest(timed, scale.few_rounds),
-        note="percentiles of all calls, with one reading of the clock in each; max is the scheduler's",
+        results, note="percentiles of all calls, with one reading of the clock in each; max is the scheduler's",
     )  # fmt: skip
 
 
-def _batch(bench: Bench, runtimes: dict[str, Runtime], experts: int, top_k: int, tokens: int) -> Table:
-    scale = bench.scale
-    rows = [logits(tokens, experts, seed) for seed in range(-(-2 * ROWS // tokens))]
-    results = contest(
-        [
-            Contestant(name, Loop(way.loop(rows), scale.loop_seconds, per=len(rows) * tokens))
-            for name, way in ways(bench, runtimes, top_k, tokens).items()
-        ],
-        scale.rounds,
-    )
+def _batch(bench: Bench, experts: int, top_k: int, tokens: int) -> Table:
     return table(
         f"routing/{experts}x{top_k}/batch{tokens}", f"batches of {tokens}, {experts} experts, top-{top_k}",
-        "ns per token", results,
+        "ns per token", contest_anew(partial(_loops, bench, experts, top_k, tokens), bench.scale.rounds),
     )  # fmt: skip

@@ -52,7 +52,7 @@ def bench(
     transformers are measured if they are there. A group that cannot be measured does not keep the others from being
     (exit code 1).
 
-    With --compare, a change is beyond the noise if it exceeds what the spreads of both runs explain, and 3 % at least.
+    With --compare, a change is beyond the noise if it exceeds what the spreads of both runs explain, and 5 % at least.
 
     Example: shmroute bench --quick --only routing,ring --save before.json
     """

@@ -63,9 +63,9 @@ def test_equal_shifts_up_and_down_are_judged_alike() -> None:
 
 
 def test_a_small_change_without_spread_is_noise_all_the_same() -> None:
-    assert noise_of(sampled(100, 0), sampled(102, 0)) == pytest.approx(0.03)
-    assert judge(sampled(100, 0), sampled(102, 0), LOWER)[2] == "same"
-    assert judge(sampled(100, 0), sampled(104, 0), LOWER)[2] == "worse"
+    assert noise_of(sampled(100, 0), sampled(102, 0)) == pytest.approx(0.05)
+    assert judge(sampled(100, 0), sampled(104, 0), LOWER)[2] == "same"
+    assert judge(sampled(100, 0), sampled(106, 0), LOWER)[2] == "worse"
 
 
 def test_what_was_computed_has_no_noise() -> None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from shmroute.bench import measuring
-from shmroute.bench.measuring import Contestant, Latencies, Loop, Summary, contest, cpu_ns, cpus, pinned, ratios
+from shmroute.bench.measuring import (
+    Contestant,
+    Latencies,
+    Loop,
+    Summary,
+    contest,
+    contest_anew,
+    cpu_ns,
+    cpus,
+    pinned,
+    ratios,
+)
 
 
 def test_contestants_take_turns_there_and_back() -> None:
@@ -30,6 +43,19 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     )
     assert (mine.ratio.median, theirs.ratio.p25, theirs.ratio.median, theirs.ratio.p75) == (1, 3, 3, 3)
     assert mine.summary == Summary(2.0, 1.5, 3.0, 3)  # the first sample warmed up
+
+
+def test_what_is_set_up_anew_is_one_contest() -> None:
+    setups = iter(range(10, 100, 10))
+
+    @contextlib.contextmanager
+    def set_up() -> Iterator[list[Contestant]]:
+        base = float(next(setups))
+        yield [Contestant("mine", lambda: base), Contestant("theirs", lambda: 2 * base)]
+
+    mine, theirs = contest_anew(set_up, rounds=4)
+    assert mine.summary == Summary(20, 12.5, 27.5, 6)
+    assert theirs.ratio == Summary(2, 2, 2, 6)
 
 
 def test_ratios_to_nothing() -> None:
