@@ -18,8 +18,11 @@ test: $(VENV)/.installed  ## set up and run the checkers and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
-	NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/interleaving
+	@# The interleavings need interpreted kernels, and so a pytest of their own; it has the second core.
+	NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/interleaving > .interleavings.log 2>&1 & interleavings=$$!; \
+	$(BIN)/pytest; compiled=$$?; \
+	wait $$interleavings; interpreted=$$?; \
+	cat .interleavings.log; exit $$((compiled || interpreted))
 
 stress: $(VENV)/.installed  ## hours: the long searches, the long fuzzing, a thousand kills, a soak
 	SHMROUTE_STRESS=1 NUMBA_DISABLE_JIT=1 $(BIN)/pytest tests/interleaving
@@ -28,4 +31,4 @@ stress: $(VENV)/.installed  ## hours: the long searches, the long fuzzing, a tho
 	$(BIN)/python -m stress.soak --hours 1
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .interleavings.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
