@@ -23,7 +23,7 @@ from shmroute.runtime import Runtime
 from shmroute.shared.affinity import current_score
 from shmroute.shared.atomic import WORD, cas, f32_array, i32_array, i64_array, load
 from shmroute.shared.bell import heard
-from shmroute.shared.kernel import _StampedCache, inner
+from shmroute.shared.kernel import _StampedCache, inner, signals_held
 from shmroute.shared.ring import pop, push
 from shmroute.shared.words import SCORE_ONE, low32
 
@@ -50,7 +50,8 @@ class OnDemand:
             self._function.__qualname__ += f"_{_SOURCE}"  # by which Numba's cache finds it
             dispatcher = numba.njit(nogil=True, _nrt=False)(self._function)
             dispatcher._cache = _StampedCache(dispatcher.py_func)
-            dispatcher.compile(self._signature)
+            with signals_held():
+                dispatcher.compile(self._signature)
             self._compiled = dispatcher
         return self._compiled
 

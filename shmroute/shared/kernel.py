@@ -14,10 +14,13 @@ every source file from which kernels are made and of the versions of everything 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,6 +127,31 @@ def inlined(function: F) -> F:
     return register_jitable(forceinline=True)(function)  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Have signals that Python handles wait for the end of a block in which something is compiled.
+
+    LLVM calls Python back meanwhile, and what is raised there is dropped: Ctrl-C would be lost and leave half a kernel,
+    with which the process ends in an error of Numba's or is aborted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread
+        return
+    arrived: list[int] = []
+    former = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for number, action in former.items():
+            signal.signal(number, action)
+        for late in arrived:
+            signal.raise_signal(late)
+
+
 def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int:
     """Make every entry point ready: from disk, or compiled and then kept there.
 
@@ -150,7 +178,8 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
             dispatcher._cache = _StampedCache(dispatcher.py_func)
             if progress is not None and not _is_cached(dispatcher):
                 progress(done, len(_entries), dispatcher.py_func.__name__)
-            dispatcher.compile(signature)
+            with signals_held():
+                dispatcher.compile(signature)
         except OSError as error:
             raise KernelCacheError(
                 f"compiled kernels cannot be kept in {cache_directory()} ({error.strerror}): make it a directory that "

@@ -166,7 +166,7 @@ def test_an_interrupted_run_leaves_nothing(number: int, tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal does: partners get it too
     process.wait(PATIENCE)
-    assert left_by(process.pid) == []
+    assert left_by(process.pid) == [], log.read_text()
     assert "Traceback" not in log.read_text()
 
 
