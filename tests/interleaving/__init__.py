@@ -11,8 +11,10 @@ semaphore, lock and file as a point where another process may go on, or where th
 | `machine.py` | memory: sequentially consistent, or with store buffers (x86 TSO) |
 | `host.py` | the operating system that the processes see: time, threads, locks, semaphores, files, deaths |
 | `histories.py` | what was called when, and whether that is linearizable |
+| `ground.py` | the real segments that they stand on, put back before each run |
+| `world.py` | what a world is, and one run of it |
 | `worlds/` | what the processes do, and what must hold: one file for each protocol |
-| `mutants.py` | each protocol rule, broken: what the search must find |
+| `mutation.py`, `mutants/` | breaking a rule on purpose; each protocol rule, broken: what the search must find |
 | `search.py` | many runs of a world; what they found, made as short as it gets |
 | `__main__.py` | the same from a command line: search, replay, mutants, worlds |
 """

@@ -121,7 +121,7 @@ LEASES = (
         ("impatient",),
     ),
     Mutant(
-        "bit before word",
+        "a bit for each holder",
         "a lease's bit goes when its last holder goes, not when one of them does",
         "leases:Leases._settle",
         (
