@@ -2,7 +2,7 @@
 
 A lease is this process's bit in an expert's word. Threads of a process share the bit, so a count of their leases goes
 with it; one mutex covers the count *and* the bit, since with a count alone a last release could clear the bit that a
-new lease relies on.
+new lease relies on. Both change in one kernel call (`shmroute.shared.lease_table`).
 
 A process waits for one expert at a time (its lane has one wait word), so a second mutex admits one waiting thread;
 queueing for it counts towards the timeout. The order of a wait is what makes it safe (`shmroute.shared.bell`):
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -33,16 +32,26 @@ from shmroute.attachment import Attachment
 from shmroute.config import NO_SOURCE
 from shmroute.errors import ConfigError, ExpertLoadError, ExpertTimeout, LeaseHeldError, PagerUnavailable
 from shmroute.failures import failure_reason
+from shmroute.routing.grouping import group_by_expert
 from shmroute.shared.affinity import checked_ids
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import arm, disarm
-from shmroute.shared.experts import BROKEN, QUEUE, lease, release
+from shmroute.shared.experts import BROKEN, QUEUE
 from shmroute.shared.identity import is_dead, is_stopped
 from shmroute.shared.layout import HEADER_PAGER
+from shmroute.shared.lease_table import (
+    CLOSED,
+    IS_CLOSED,
+    NOT_HELD,
+    demand,
+    demand_each,
+    give_back,
+    lease_table,
+    take_lease,
+)
 from shmroute.shared.metrics import BUCKETS as HISTOGRAM_BUCKETS
 from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter, PagerCounter, add, count_duration
 from shmroute.shared.pool import ExpertWeights
-from shmroute.shared.requests import submit_request
 from shmroute.shared.words import FAILED, HUNGRY, PREFETCH, URGENT, expert_state, identity_pid, pack_wait
 
 RECHECK = 0.1
@@ -51,8 +60,8 @@ RECHECK = 0.1
 ExpertRows = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64], ExpertWeights]
 
 
-class Holder:
-    """A thread that took leases. Thread ids are used again after a thread's end, these are not."""
+Holder = npt.NDArray[np.int64]
+"""int64 [1]: how many leases a thread holds. Thread ids are used again after a thread's end, these are not."""
 
 
 class Leases:
@@ -62,101 +71,69 @@ class Leases:
         self._attachment = attachment
         self._segment = attachment.segment
         self._lane = attachment.lane()
-        layout, base = self._segment.layout, self._segment.address
-        self._words = base + layout.experts
-        self._failures = base + layout.failures
-        self._row_bytes = layout.row_bytes
+        self._table = lease_table(self._segment, self._lane.number)
         self._mutex = threading.RLock()
-        self._changing = False
-        self._ended: deque[tuple[int, Holder]] = deque()
-        self._counts: dict[int, int] = {}
-        self._held: dict[Holder, int] = {}
         self._here = threading.local()
         self._waiting = threading.Lock()
+        self.weights = attachment.pool.weights
         attachment.before_close(self._close)
-
-    def _offset(self, layer: int, expert: int) -> int:
-        return layer * self._row_bytes + expert * WORD
 
     # ---------------------------------------------------------- one lease
 
     def holder(self) -> Holder:
         """This thread."""
-        found: Holder | None = getattr(self._here, "holder", None)
-        if found is None:
-            found = self._here.holder = Holder()
+        try:
+            found: Holder = self._here.holder
+        except AttributeError:
+            found = self._here.holder = np.zeros(1, np.int64)
         return found
 
     def try_lease(self, layer: int, expert: int) -> int:
-        """Take a lease for this thread if the expert is resident: its slot, or -1."""
-        offset = self._offset(layer, expert)
+        """Take a lease for this thread if the expert is resident: its slot, or a negative number."""
+        if self._attachment.closed:  # in a forked child too, where the mutex may belong to a thread that does not exist
+            self._attachment.check_open()
         holder = self.holder()
         with self._mutex:
+            slot: int = take_lease(self._table, layer, expert, holder)
+        if slot == CLOSED:
             self._attachment.check_open()
-            self._changing = True
-            try:
-                slot = int(lease(self._words + offset, self._lane.bit))
-                if slot >= 0:
-                    self._counts[offset] = self._counts.get(offset, 0) + 1
-                    self._held[holder] = self._held.get(holder, 0) + 1
-                    add(self._lane.counter(LaneCounter.LEASES), 1)
-            finally:
-                self._changing = False
-            if self._ended:
-                self._settle()
         return slot
 
     def release(self, layer: int, expert: int, holder: Holder) -> None:
-        """Give back a lease that `holder` took. Does nothing once the attachment is closed, which gave back all."""
-        if self._attachment.closed:
-            return  # in a forked child too, where the mutex may belong to a thread that does not exist
-        self._ended.append((self._offset(layer, expert), holder))
-        with self._mutex:
-            self._settle()
+        """Give back a lease that `holder` took. Does nothing once the attachment is closed, which gave back all.
 
-    def _settle(self) -> None:
-        """Give back the leases that have ended, the mutex being held.
-
-        Garbage collection may end a dropped `Runtime.experts` loop, and so a lease, in the middle of any change that
-        its thread makes here; the change then goes first, and settles afterwards.
+        Garbage collection may end a dropped `Runtime.experts` loop, and so a lease, anywhere.
         """
-        if self._changing or self._attachment.closed:
+        if self._attachment.closed:  # see `try_lease`
             return
-        self._changing = True
-        try:
-            while self._ended:
-                offset, holder = self._ended.popleft()
-                self._held[holder] -= 1
-                if self._held[holder] == 0:
-                    del self._held[holder]
-                self._counts[offset] -= 1
-                if self._counts[offset] == 0:
-                    del self._counts[offset]
-                    release(self._words + offset, self._lane.bit)
-                    self._attachment.ring_pager(only_hungry=HUNGRY)
-        finally:
-            self._changing = False
+        with self._mutex:
+            bell = give_back(self._table, layer, expert, holder)
+            if bell == NOT_HELD:
+                raise RuntimeError(f"expert {expert} of layer {layer} is not leased: a lease was released twice")
+            if bell:
+                self._attachment.answer_bell(bell)
 
     def holds_any(self) -> bool:
         """Whether this thread holds a lease."""
-        return self.holder() in self._held
+        return bool(self.holder()[0] > 0)
 
     # ---------------------------------------------------------- requests
 
     def submit(self, layer: int, expert: int, priority: int) -> int:
         """Request an expert, and wake the pager if need be; a code of `shmroute.shared.experts`."""
-        offset = self._offset(layer, expert)
-        layout, base = self._segment.layout, self._segment.address
         with self._attachment.in_use():
-            code = int(
-                submit_request(
-                    self._words + offset, self._failures + offset, base + layout.ring, layout.ring_bits,
-                    self._lane.counters, layer, expert, priority, self._lane.number,
-                )
-            )  # fmt: skip
+            code = int(demand(self._table, layer, expert, priority))
             if code == QUEUE:
                 self._attachment.ring_pager()
         return code
+
+    def submit_each(self, layer: int, experts: npt.NDArray[np.int64], priority: int) -> int:
+        """Request some experts, int64 [n], and wake the pager if need be; how many requests that queued."""
+        with self._attachment.in_use():
+            queued = int(demand_each(self._table, layer, experts, priority))
+            if queued:
+                self._attachment.ring_pager()
+        return queued
 
     # ---------------------------------------------------------- waiting
 
@@ -248,7 +225,7 @@ class Leases:
 
     def _read_word(self, layer: int, expert: int) -> int:
         with self._attachment.in_use():
-            return self._segment.read(self._segment.layout.experts + self._offset(layer, expert))
+            return self._segment.read(self._segment.layout.row(self._segment.layout.experts, layer) + expert * WORD)
 
     def _pager_ticks(self) -> int:
         with self._attachment.in_use():
@@ -260,7 +237,8 @@ class Leases:
         """The error for an expert whose word says FAILED."""
         with self._attachment.in_use():
             add(self._lane.counter(LaneCounter.LOAD_ERRORS), 1)
-            failure = self._segment.read(self._segment.layout.failures + self._offset(layer, expert))
+            row = self._segment.layout.row(self._segment.layout.failures, layer)
+            failure = self._segment.read(row + expert * WORD)
         return ExpertLoadError(layer, expert, self._attachment.location(layer, expert), failure_reason(failure))
 
     def _timed_out(self, layer: int, expert: int, timeout: float, ticks: int) -> ExpertTimeout | PagerUnavailable:
@@ -284,30 +262,28 @@ class Leases:
 
     def _close(self) -> None:
         with self._mutex:  # no kernel of another thread is under way once this is held
-            self._ended.clear()
-            self._counts.clear()
-            self._held.clear()
+            self._table[IS_CLOSED] = 1
 
 
 class ExpertLease:
     """One expert's weights for the length of a ``with`` block. Made by `Runtime.expert`."""
 
-    __slots__ = ("_expert", "_holder", "_layer", "_leases", "_pool_weights", "_timeout")
+    __slots__ = ("_expert", "_holder", "_layer", "_leases", "_timeout")
+    _holder: Holder
 
-    def __init__(self, leases: Leases, attachment: Attachment, layer: int, expert: int, timeout: float) -> None:
+    def __init__(self, leases: Leases, layer: int, expert: int, timeout: float) -> None:
         self._leases, self._layer, self._expert, self._timeout = leases, layer, expert, timeout
-        self._pool_weights = attachment.pool.weights
-        self._holder = leases.holder()
 
     def __enter__(self) -> ExpertWeights:
-        slot = self._leases.try_lease(self._layer, self._expert)
+        leases = self._leases
+        slot = leases.try_lease(self._layer, self._expert)
         if slot < 0:
-            _, slot = self._leases.wait(self._layer, [self._expert], self._timeout)
-        self._holder = self._leases.holder()
+            _, slot = leases.wait(self._layer, [self._expert], self._timeout)
+        self._holder = leases.holder()
         try:
-            return self._pool_weights(slot)
+            return leases.weights(slot)
         except BaseException:
-            self._leases.release(self._layer, self._expert, self._holder)
+            leases.release(self._layer, self._expert, self._holder)
             raise
 
     def __exit__(
@@ -316,48 +292,24 @@ class ExpertLease:
         self._leases.release(self._layer, self._expert, self._holder)
 
 
-def group_by_expert(
-    experts: npt.NDArray[np.int64],
-) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Which tokens chose each expert.
-
-    Parameters
-    ----------
-    experts : ndarray
-        int64 [k] or [T, k].
-
-    Returns
-    -------
-    dict
-        expert -> (rows ascending, ranks), int64 of equal length; experts in order of first appearance.
-    """
-    if experts.size == 0:
-        return {}
-    flat = experts.ravel()
-    order = np.argsort(flat, kind="stable")
-    ids, first = np.unique(flat[order], return_index=True)
-    groups = dict(zip(ids.tolist(), np.split(order, first[1:]), strict=True))
-    by_appearance = sorted(groups.items(), key=lambda item: item[1][0])
-    top_k = experts.shape[-1]
-    return {expert: (pairs // top_k, pairs % top_k) for expert, pairs in by_appearance}
-
-
 def hand_out(
-    leases: Leases, attachment: Attachment, layer: int, experts: npt.NDArray[np.int64], timeout: float
+    leases: Leases,
+    layer: int,
+    experts: npt.NDArray[np.integer] | Sequence[int],
+    num_experts: int,
+    timeout: float,
 ) -> Iterator[ExpertRows]:
     """Lease each expert once, resident ones first, the others as they become resident; one lease at a time.
 
     All that are missing are requested before the first is handed out, so they load while resident ones are used.
     """
-    groups = group_by_expert(experts)
-    for expert in groups:
-        leases.submit(layer, expert, URGENT)
-    return _hand_out(leases, attachment, layer, groups, timeout)
+    ids, groups = group_by_expert(experts, num_experts)
+    leases.submit_each(layer, ids, URGENT)
+    return _hand_out(leases, layer, groups, timeout)
 
 
 def _hand_out(
     leases: Leases,
-    attachment: Attachment,
     layer: int,
     groups: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
     timeout: float,
@@ -366,14 +318,14 @@ def _hand_out(
     while pending:
         expert, slot = leases.lease_any(layer, pending) or leases.wait(layer, pending, timeout)
         holder = leases.holder()
-        pending.remove(expert)
         try:
-            yield expert, *groups[expert], attachment.pool.weights(slot)
+            pending.remove(expert)
+            rows, ranks = groups[expert]
+            yield expert, rows, ranks, leases.weights(slot)
         finally:
             leases.release(layer, expert, holder)
 
 
 def prefetch(leases: Leases, layer: int, experts: Sequence[int] | npt.NDArray[np.integer], num_experts: int) -> int:
     """Ask for experts that may be wanted soon; how many requests that queued."""
-    ids = checked_ids(experts, num_experts).ravel()
-    return sum(leases.submit(layer, int(expert), PREFETCH) == QUEUE for expert in ids)
+    return leases.submit_each(layer, checked_ids(experts, num_experts).ravel(), PREFETCH)

@@ -22,8 +22,9 @@ from shmroute.leases import ExpertLease, ExpertRows, Leases, hand_out, prefetch
 from shmroute.metrics import RuntimeMetrics, read_metrics
 from shmroute.pager.process import stop_pager
 from shmroute.routing import MemoryAwareRouter
-from shmroute.shared.affinity import ExpertAffinity, checked_ids
-from shmroute.shared.metrics import snapshot_words
+from shmroute.shared.affinity import ExpertAffinity
+from shmroute.shared.atomic import WORD
+from shmroute.shared.experts import resident_ids
 from shmroute.shared.removal import claim_destruction, unlink_segment
 from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
@@ -141,7 +142,7 @@ class Runtime:
             If the segment is being destroyed.
         """
         layer, expert = self._checked_layer(layer), self._checked_expert(expert)
-        return ExpertLease(self._lease_table(), self._attachment, layer, expert, _checked_timeout(timeout))
+        return ExpertLease(self._lease_table(), layer, expert, _checked_timeout(timeout))
 
     def experts(
         self, layer: int, experts: npt.NDArray[np.integer] | Sequence[int], timeout: float = DEFAULT_TIMEOUT
@@ -172,20 +173,34 @@ class Runtime:
         As `expert`.
         """
         layer = self._checked_layer(layer)
-        if np.ndim(experts) not in (1, 2):
-            raise ValueError(f"experts must be [k] or [T, k], not {list(np.shape(experts))}")
-        ids = checked_ids(experts, self.config.num_experts)
-        return hand_out(self._lease_table(), self._attachment, layer, ids, _checked_timeout(timeout))
+        timeout = _checked_timeout(timeout)
+        return hand_out(self._lease_table(), layer, experts, self.config.num_experts, timeout)
 
     def resident(self, layer: int) -> list[int]:
         """Sorted ids of a layer's experts that the router takes for resident now."""
         layer = self._checked_layer(layer)
         self._check_open()
+        ids = np.empty(self.config.num_experts, np.int64)
         with self._attachment.in_use() as segment:
-            row = segment.address + segment.layout.resident + layer * segment.layout.resident_row_bytes
-            words = snapshot_words(row, -(-self.config.num_experts // 64))
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self.config.num_experts]
-        return [int(expert) for expert in np.flatnonzero(bits)]
+            count = resident_ids(segment.address + _resident_row(segment, layer), ids)
+        resident: list[int] = ids[:count].tolist()
+        return resident
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        """Whether the router takes an expert for resident now. Claims no lane.
+
+        A hint: the expert may be evicted, or loaded, at any moment. Only a lease keeps it in place.
+
+        Raises
+        ------
+        ValueError
+            If there is no such expert.
+        """
+        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
+        self._check_open()
+        with self._attachment.in_use() as segment:
+            bits = segment.read(_resident_row(segment, layer) + (expert >> 6) * WORD)
+        return bits >> (expert & 63) & 1 == 1
 
     def prefetch(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> int:
         """Hint that experts will be wanted soon; how many requests that queued.
@@ -262,10 +277,12 @@ class Runtime:
     # ---------------------------------------------------------- checks
 
     def _lease_table(self) -> Leases:
-        self._check_open()
-        if self._leases is None:
-            self._leases = self._attachment.one(Leases)
-        return self._leases
+        if self._closed or self._attachment.closed:
+            self._check_open()
+        leases = self._leases
+        if leases is None:
+            leases = self._leases = self._attachment.one(Leases)
+        return leases
 
     def _check_open(self) -> None:
         if self._closed:
@@ -279,14 +296,23 @@ class Runtime:
         return _checked_index("expert", expert, self.config.num_experts)
 
 
+def _resident_row(segment: Segment, layer: int) -> int:
+    """Offset of a layer's bitmap."""
+    return segment.layout.resident + layer * segment.layout.resident_row_bytes
+
+
 def _checked_index(name: str, value: int, count: int) -> int:
     """`value` as an int: NumPy's narrow integers would overflow in the arithmetic of addresses."""
+    if type(value) is int and 0 <= value < count:
+        return value
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value < count:
         raise ValueError(f"{name} must be an integer from 0 to {count - 1}, not {value!r}")
     return int(value)
 
 
 def _checked_timeout(timeout: float) -> float:
+    if type(timeout) is float and 0 <= timeout <= threading.TIMEOUT_MAX:
+        return timeout
     if not isinstance(timeout, int | float | np.floating | np.integer) or not math.isfinite(timeout) or timeout < 0:
         raise ValueError(f"timeout must be a finite number of seconds, 0 or more, not {timeout!r}")
     return min(float(timeout), threading.TIMEOUT_MAX)

@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from shmroute.shared.atomic import WORD, cas, f32_array, f64_array, fetch_add, i64_array, load
+from shmroute.shared.atomic import WORD, cas, f64_array, fetch_add, i64_array, load
 from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LINE
 from shmroute.shared.metrics import snapshot_words
@@ -171,11 +171,10 @@ def count_activation(activations_address: int, times: int) -> None:
     fetch_add(activations_address, times)
 
 
-@kernel(types.void(types.int64, types.int64, types.int64, types.int64, types.int64))
-def scores_into(row: int, clock_address: int, table: int, num_experts: int, out: int) -> None:
-    """Write the present score of each expert of a layer to float32 [num_experts] at `out`."""
-    scores = f32_array(out, num_experts)
-    for expert in range(num_experts):
+@kernel(types.void(types.int64, types.int64, types.int64, types.float32[::1]))
+def scores_into(row: int, clock_address: int, table: int, scores: npt.NDArray[np.float32]) -> None:
+    """Write the present score of each expert of a layer to float32 [E]."""
+    for expert in range(scores.shape[0]):
         scores[expert] = current_score(row + expert * WORD, clock_address, table)
 
 
@@ -201,7 +200,7 @@ def update_layer(
 
 
 def checked_ids(experts: Sequence[int] | npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.int64]:
-    """int64 of expert ids, each in [0, num_experts).
+    """A new int64 array of expert ids, each in [0, num_experts).
 
     Raises
     ------
@@ -216,7 +215,7 @@ def checked_ids(experts: Sequence[int] | npt.NDArray[np.integer], num_experts: i
     if array.min() < 0 or array.max() >= num_experts:
         bad = int(array[(array < 0) | (array >= num_experts)].ravel()[0])
         raise ValueError(f"expert id {bad} is outside 0 … {num_experts - 1}")
-    return np.ascontiguousarray(array, np.int64)
+    return array.astype(np.int64, order="C")
 
 
 class ExpertAffinity:
@@ -232,6 +231,7 @@ class ExpertAffinity:
     def __init__(self, attachment: Attachment, layer: int) -> None:
         self._attachment = attachment
         self._config = attachment.segment.config
+        self._num_experts = self._config.num_experts
         layout, base = attachment.segment.layout, attachment.segment.address
         self._row = base + layout.row(layout.affinity, layer)
         self._activations = base + layout.row(layout.activations, layer)
@@ -240,9 +240,9 @@ class ExpertAffinity:
 
     def scores(self) -> npt.NDArray[np.float32]:
         """float32 [E]: every score at the layer's present tick, 0 … max_score."""
-        out = np.empty(self._config.num_experts, np.float32)
+        out = np.empty(self._num_experts, np.float32)
         with self._attachment.in_use():
-            scores_into(self._row, self._clock, self._powers, len(out), out.ctypes.data)
+            scores_into(self._row, self._clock, self._powers, out)
         return out
 
     def score(self, expert: int) -> float:
@@ -253,13 +253,14 @@ class ExpertAffinity:
         ValueError
             If there is no such expert.
         """
-        checked_ids([expert], self._config.num_experts)
+        if type(expert) is not int or not 0 <= expert < self._num_experts:
+            checked_ids([expert], self._num_experts)
         return float(self.scores()[expert])
 
     def activations(self) -> npt.NDArray[np.int64]:
         """int64 [E]: how often each expert was chosen since the segment was made."""
         with self._attachment.in_use():
-            return snapshot_words(self._activations, self._config.num_experts)
+            return snapshot_words(self._activations, self._num_experts)
 
     def top(self, k: int) -> list[int]:
         """The k experts of highest score (all, if there are fewer), best first; ties go to the lower id.
@@ -286,12 +287,12 @@ class ExpertAffinity:
         ValueError
             If an id is impossible or appears twice; nothing has changed.
         """
-        ids = checked_ids(experts, self._config.num_experts).ravel()
-        if len(np.unique(ids)) != len(ids):
+        ids = checked_ids(experts, self._num_experts).ravel()
+        if len(set(ids.tolist())) != len(ids):
             raise ValueError(f"an expert is activated once a tick, but {ids.tolist()} names one twice")
         affinity = self._config.affinity
         with self._attachment.in_use():
             update_layer(
-                self._row, self._activations, self._clock, self._powers, self._config.num_experts,
+                self._row, self._activations, self._clock, self._powers, self._num_experts,
                 ids.ctypes.data, len(ids), affinity.activation_boost, affinity.max_score,
             )  # fmt: skip

@@ -31,6 +31,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from numba import types
 
 from shmroute.shared.atomic import WORD, cas, fetch_and, fetch_or, i64_array, load, monotonic_ns, store
@@ -96,6 +98,30 @@ def lease(word_address: int, bit: int) -> int:
 def release(word_address: int, bit: int) -> None:
     """Clear a lane's bit. The caller then listens for a hungry pager. (mask / HUNGRY)"""
     fetch_and(word_address, ~bit)
+
+
+@kernel(types.int64(types.int64, types.int64[::1]))
+def resident_ids(resident_row: int, ids: npt.NDArray[np.int64]) -> int:
+    """Which experts of a layer its bitmap says are resident, ascending.
+
+    Parameters
+    ----------
+    resident_row : int
+    ids : ndarray
+        int64 [E], written.
+
+    Returns
+    -------
+    int
+        How many; what is behind them in `ids` is rubbish.
+    """
+    count, num_experts = 0, ids.shape[0]
+    for first in range(0, num_experts, 64):
+        bits = load(resident_row + (first >> 6) * WORD)
+        for expert in range(first, min(first + 64, num_experts)):
+            ids[count] = expert
+            count += (bits >> (expert - first)) & 1
+    return count
 
 
 @kernel(types.int64(types.int64))

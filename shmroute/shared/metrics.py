@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from shmroute.shared.atomic import WORD, fetch_add, i64_array, load
+from shmroute.shared.atomic import WORD, fetch_add, load
 from shmroute.shared.bits import bit_length
 from shmroute.shared.kernel import inner, kernel
 
@@ -104,18 +104,17 @@ def add(address: int, value: int) -> None:
     fetch_add(address, value)
 
 
-@kernel(types.void(types.int64, types.int64, types.int64))
-def read_words(address: int, count: int, out: int) -> None:
-    """Copy `count` words, each read atomically, to private memory at `out`."""
-    target = i64_array(out, count)
-    for i in range(count):
-        target[i] = load(address + i * WORD)
+@kernel(types.void(types.int64, types.int64[::1]))
+def read_words(address: int, out: npt.NDArray[np.int64]) -> None:
+    """Copy words, each read atomically, to int64 [count] of this process's own."""
+    for i in range(out.shape[0]):
+        out[i] = load(address + i * WORD)
 
 
 def snapshot_words(address: int, count: int) -> npt.NDArray[np.int64]:
     """int64 [count] of the words at `address`, each read atomically."""
     out = np.empty(count, np.int64)
-    read_words(address, count, out.ctypes.data)
+    read_words(address, out)
     return out
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from numba import types
-
 from shmroute.shared.atomic import WORD, fetch_add
 from shmroute.shared.experts import QUEUE, request
-from shmroute.shared.kernel import inner, kernel
+from shmroute.shared.kernel import inner
 from shmroute.shared.metrics import LaneCounter
 from shmroute.shared.ring import PUSHED, push
 from shmroute.shared.words import (
@@ -91,17 +89,3 @@ def submit(
         else:
             fetch_add(counters + LaneCounter.RING_FULL * WORD, 1)
     return code
-
-
-@kernel(
-    types.int64(
-        types.int64, types.int64, types.int64, types.int64, types.int64,
-        types.int64, types.int64, types.int64, types.int64,
-    )
-)  # fmt: skip
-def submit_request(
-    word_address: int, failure_address: int, ring: int, bits: int, counters: int,
-    layer: int, expert: int, priority: int, lane: int,
-) -> int:  # fmt: skip
-    """`submit`, from Python."""
-    return submit(word_address, failure_address, ring, bits, counters, layer, expert, priority, lane)

@@ -13,6 +13,7 @@ from worlds import PATIENCE, World, eventually
 
 import shmroute
 from shmroute.errors import LeaseHeldError
+from shmroute.shared.lease_table import COUNTS
 from shmroute.shared.words import ABSENT, RESIDENT
 
 
@@ -102,8 +103,7 @@ def test_bytes_never_change_under_leases_of_many_threads_while_another_process_f
     assert not wrong
     eventually(lambda: world.mask(0, 0) == 0)
     assert runtime._leases is not None
-    assert runtime._leases._counts == {}
-    assert runtime._leases._held == {}
+    assert not runtime._leases._table[COUNTS:].any()
 
 
 def test_a_leased_expert_is_never_evicted(world: World) -> None:
@@ -160,15 +160,13 @@ def test_a_loop_that_is_collected_in_the_middle_of_another_lease_of_its_thread_d
     assert leases is not None
     loop = runtime.experts(0, [0])
     next(loop)
-    with leases._mutex:
-        leases._changing = True  # as in the middle of `try_lease`
+    with leases._mutex:  # as in the middle of `try_lease`
         del loop
-        assert world.mask(0, 0) == 1
-        leases._changing = False
-    with runtime.expert(0, 0):
-        assert world.mask(0, 0) == 1
-    assert world.mask(0, 0) == 0
-    assert leases._held == {}
+        assert world.mask(0, 0) == 0
+        with runtime.expert(0, 0):
+            assert world.mask(0, 0) == 1
+    assert not leases.holds_any()
+    assert not leases._table[COUNTS:].any()
 
 
 def test_a_forked_child_neither_releases_its_parents_lease_nor_hangs(world: World) -> None:
@@ -201,7 +199,7 @@ def os_fork_and_release(runtime: shmroute.Runtime) -> int:
         code = 1
         try:
             assert runtime._leases is not None
-            runtime._leases.release(0, 0, threading.get_ident())
+            runtime._leases.release(0, 0, runtime._leases.holder())
             try:
                 runtime.expert(0, 0)
             except shmroute.errors.RuntimeClosedError:

@@ -123,32 +123,15 @@ LEASES = (
     Mutant(
         "a bit for each holder",
         "a lease's bit goes when its last holder goes, not when one of them does",
-        "leases:Leases._settle",
-        (
-            (
-                "                if self._counts[offset] == 0:\n                    del self._counts[offset]\n",
-                "                if True:\n                    self._counts.pop(offset, None)\n"
-                "                    self._counts.setdefault(offset, 0)\n",
-            ),
-        ),
+        "shared.lease_table:give_back",
+        (("    if table[count] > 0:\n        return 0\n", ""),),
         ("threads",),
     ),
     Mutant(
         "a lease count without its mutex",
         "one mutex covers the count of a process's leases and their bit",
-        "leases:Leases._settle",
-        (
-            (
-                "                self._counts[offset] -= 1\n                if self._counts[offset] == 0:\n",
-                "                self._counts[offset] -= 1\n                if self._counts[offset] == 0:\n"
-                "                    self._mutex.release()\n",
-            ),
-            (
-                "                    self._attachment.ring_pager(only_hungry=HUNGRY)\n",
-                "                    self._attachment.ring_pager(only_hungry=HUNGRY)\n"
-                "                    self._mutex.acquire()\n",
-            ),
-        ),
+        "leases:Leases.release",
+        (("        with self._mutex:\n", "        if True:\n"),),
         ("threads",),
     ),
 )
