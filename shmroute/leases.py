@@ -32,7 +32,6 @@ from shmroute.attachment import Attachment
 from shmroute.config import NO_SOURCE
 from shmroute.errors import ConfigError, ExpertLoadError, ExpertTimeout, LeaseHeldError, PagerUnavailable
 from shmroute.failures import failure_reason
-from shmroute.routing.grouping import group_by_expert
 from shmroute.shared.affinity import checked_ids
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import arm, disarm
@@ -59,6 +58,9 @@ RECHECK = 0.1
 
 ExpertRows = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64], ExpertWeights]
 
+
+Groups = dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+"""expert -> rows and ranks."""
 
 Holder = npt.NDArray[np.int64]
 """int64 [1]: how many leases a thread holds. Thread ids are used again after a thread's end, these are not."""
@@ -88,11 +90,10 @@ class Leases:
             found = self._here.holder = np.zeros(1, np.int64)
         return found
 
-    def try_lease(self, layer: int, expert: int) -> int:
-        """Take a lease for this thread if the expert is resident: its slot, or a negative number."""
+    def try_lease(self, layer: int, expert: int, holder: Holder) -> int:
+        """Take a lease for this thread, the `holder`, if the expert is resident: its slot, or a negative number."""
         if self._attachment.closed:  # in a forked child too, where the mutex may belong to a thread that does not exist
             self._attachment.check_open()
-        holder = self.holder()
         with self._mutex:
             slot: int = take_lease(self._table, layer, expert, holder)
         if slot == CLOSED:
@@ -208,8 +209,9 @@ class Leases:
 
     def lease_any(self, layer: int, experts: Sequence[int]) -> tuple[int, int] | None:
         """Lease the first of some experts that is resident: (expert, slot)."""
+        holder = self.holder()
         for expert in experts:
-            slot = self.try_lease(layer, expert)
+            slot = self.try_lease(layer, expert, holder)
             if slot >= 0:
                 return expert, slot
         return None
@@ -276,10 +278,10 @@ class ExpertLease:
 
     def __enter__(self) -> ExpertWeights:
         leases = self._leases
-        slot = leases.try_lease(self._layer, self._expert)
+        self._holder = leases.holder()
+        slot = leases.try_lease(self._layer, self._expert, self._holder)
         if slot < 0:
             _, slot = leases.wait(self._layer, [self._expert], self._timeout)
-        self._holder = leases.holder()
         try:
             return leases.weights(slot)
         except BaseException:
@@ -293,31 +295,21 @@ class ExpertLease:
 
 
 def hand_out(
-    leases: Leases,
-    layer: int,
-    experts: npt.NDArray[np.integer] | Sequence[int],
-    num_experts: int,
-    timeout: float,
+    leases: Leases, layer: int, ids: npt.NDArray[np.int64], groups: Groups, timeout: float
 ) -> Iterator[ExpertRows]:
-    """Lease each expert once, resident ones first, the others as they become resident; one lease at a time.
+    """Lease each expert of a choice (`group_by_expert`) once, as it becomes resident; one lease at a time.
 
     All that are missing are requested before the first is handed out, so they load while resident ones are used.
     """
-    ids, groups = group_by_expert(experts, num_experts)
     leases.submit_each(layer, ids, URGENT)
     return _hand_out(leases, layer, groups, timeout)
 
 
-def _hand_out(
-    leases: Leases,
-    layer: int,
-    groups: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
-    timeout: float,
-) -> Iterator[ExpertRows]:
+def _hand_out(leases: Leases, layer: int, groups: Groups, timeout: float) -> Iterator[ExpertRows]:
     pending = list(groups)
     while pending:
         expert, slot = leases.lease_any(layer, pending) or leases.wait(layer, pending, timeout)
-        holder = leases.holder()
+        holder = leases.holder()  # a generator may go on in another thread
         try:
             pending.remove(expert)
             rows, ranks = groups[expert]

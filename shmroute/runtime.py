@@ -22,6 +22,7 @@ from shmroute.leases import ExpertLease, ExpertRows, Leases, hand_out, prefetch
 from shmroute.metrics import RuntimeMetrics, read_metrics
 from shmroute.pager.process import stop_pager
 from shmroute.routing import MemoryAwareRouter
+from shmroute.routing.grouping import group_by_expert
 from shmroute.shared.affinity import ExpertAffinity
 from shmroute.shared.atomic import WORD
 from shmroute.shared.experts import resident_ids
@@ -141,7 +142,7 @@ class Runtime:
         SegmentClosingError
             If the segment is being destroyed.
         """
-        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
+        layer, expert = self._checked_ids(layer, expert)
         return ExpertLease(self._lease_table(), layer, expert, _checked_timeout(timeout))
 
     def experts(
@@ -173,8 +174,9 @@ class Runtime:
         As `expert`.
         """
         layer = self._checked_layer(layer)
+        ids, groups = group_by_expert(experts, self.config.num_experts)
         timeout = _checked_timeout(timeout)
-        return hand_out(self._lease_table(), layer, experts, self.config.num_experts, timeout)
+        return hand_out(self._lease_table(), layer, ids, groups, timeout)
 
     def resident(self, layer: int) -> list[int]:
         """Sorted ids of a layer's experts that the router takes for resident now."""
@@ -196,7 +198,7 @@ class Runtime:
         ValueError
             If there is no such expert.
         """
-        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
+        layer, expert = self._checked_ids(layer, expert)
         self._check_open()
         with self._attachment.in_use() as segment:
             bits = segment.read(_resident_row(segment, layer) + (expert >> 6) * WORD)
@@ -212,7 +214,7 @@ class Runtime:
 
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""
-        layer, expert = self._checked_layer(layer), self._checked_expert(expert)
+        layer, expert = self._checked_ids(layer, expert)
         self._check_open()
         with self._attachment.in_use() as segment:
             layout = segment.layout
@@ -277,23 +279,26 @@ class Runtime:
     # ---------------------------------------------------------- checks
 
     def _lease_table(self) -> Leases:
-        if self._closed or self._attachment.closed:
-            self._check_open()
         leases = self._leases
-        if leases is None:
+        if leases is None or self._closed or self._attachment.closed:
+            self._check_open()
             leases = self._leases = self._attachment.one(Leases)
         return leases
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeClosedError(f"the runtime {self.name!r} was closed; attach to it again")
-        self._attachment.check_open()
+        if self._attachment.closed:
+            self._attachment.check_open()
 
     def _checked_layer(self, layer: int) -> int:
         return _checked_index("layer", layer, self.config.num_layers)
 
-    def _checked_expert(self, expert: int) -> int:
-        return _checked_index("expert", expert, self.config.num_experts)
+    def _checked_ids(self, layer: int, expert: int) -> tuple[int, int]:
+        config = self.config
+        if type(layer) is type(expert) is int and 0 <= layer < config.num_layers and 0 <= expert < config.num_experts:
+            return layer, expert
+        return self._checked_layer(layer), _checked_index("expert", expert, config.num_experts)
 
 
 def _resident_row(segment: Segment, layer: int) -> int:
@@ -303,9 +308,7 @@ def _resident_row(segment: Segment, layer: int) -> int:
 
 def _checked_index(name: str, value: int, count: int) -> int:
     """`value` as an int: NumPy's narrow integers would overflow in the arithmetic of addresses."""
-    if type(value) is int and 0 <= value < count:
-        return value
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value < count:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < count:
         raise ValueError(f"{name} must be an integer from 0 to {count - 1}, not {value!r}")
     return int(value)
 

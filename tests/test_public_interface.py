@@ -121,6 +121,8 @@ def test_ids_that_cannot_be_are_refused(runtime: shmroute.Runtime) -> None:
         lambda: runtime.experts(layer=0, experts=[0, 8]),
         lambda: runtime.prefetch(layer=0, experts=[-1]),
         lambda: runtime.page_out(layer=0, expert=8),
+        lambda: runtime.is_resident(layer=0, expert=8),
+        lambda: runtime.is_resident(layer=6, expert=0),
         lambda: runtime.affinity(layer=0).update([1, 1]),
         lambda: runtime.expert(layer=0, expert=0, timeout=-1),
     ):
@@ -156,6 +158,7 @@ def test_a_closed_runtime_refuses_while_another_of_the_same_process_goes_on(runt
     for use in (
         closed.metrics,
         lambda: closed.resident(layer=0),
+        lambda: closed.is_resident(layer=0, expert=0),
         lambda: closed.page_out(layer=0, expert=0),
         lambda: closed.prefetch(layer=0, experts=[0]),
         lambda: closed.router(layer=0),

@@ -13,8 +13,8 @@ from shmroute.bench.measuring import Contestant, Loop, contest
 from shmroute.bench.report import Table, table
 from shmroute.bench.stage import Bench, routing_runtime, segment_of
 from shmroute.runtime import Runtime
-from shmroute.shared.experts import lease, release
 from shmroute.shared.layout import LINE
+from shmroute.shared.lease_table import give_back, lease_table, take_lease
 
 EXPERTS, TOP_K = 256, 8
 
@@ -40,6 +40,10 @@ def _residency(bench: Bench, runtime: Runtime) -> Table:
         for _ in range(count):
             runtime.resident(0)
 
+    def one_from_python(count: int) -> None:
+        for i in range(count):
+            runtime.is_resident(0, i & 255)
+
     def in_set(count: int) -> None:
         for i in range(count):
             _ = i & 255 in resident
@@ -58,6 +62,7 @@ def _residency(bench: Bench, runtime: Runtime) -> Table:
         Contestant(
             "… in a private bitmap, nothing atomic", Loop(lambda n: plain(bits.ctypes.data, EXPERTS, n), seconds)
         ),
+        Contestant("one expert from Python: runtime.is_resident", Loop(one_from_python, seconds)),
         Contestant(f"all of {EXPERTS} from Python: runtime.resident", Loop(from_python, seconds)),
         Contestant("one in a Python set of this process", Loop(in_set, seconds)),
         Contestant("one in a NumPy array, from Python", Loop(in_array, seconds)),
@@ -67,9 +72,8 @@ def _residency(bench: Bench, runtime: Runtime) -> Table:
 
 
 def _leases(bench: Bench, runtime: Runtime) -> Table:
-    segment, seconds = segment_of(runtime), bench.scale.loop_seconds
-    word = segment.address + segment.layout.row(segment.layout.experts, 0)
-    bit = runtime._attachment.lane().bit
+    seconds = bench.scale.loop_seconds
+    own, held = lease_table(segment_of(runtime), runtime._attachment.lane().number), np.zeros(1, np.int64)
 
     def from_python(count: int) -> None:
         for _ in range(count):
@@ -84,8 +88,8 @@ def _leases(bench: Bench, runtime: Runtime) -> Table:
 
     def by_kernels(count: int) -> None:
         for _ in range(count):
-            lease(word, bit)
-            release(word, bit)
+            take_lease(own, 0, 0, held)
+            give_back(own, 0, 0, held)
 
     contestants = [
         Contestant("with runtime.expert(…)", Loop(from_python, seconds)),

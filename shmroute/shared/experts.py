@@ -83,7 +83,7 @@ def request_expert_word(word_address: int, failure_address: int, priority: int) 
     return request(word_address, failure_address, priority)
 
 
-@kernel(types.int64(types.int64, types.int64))
+@inner
 def lease(word_address: int, bit: int) -> int:
     """Set a lane's bit on a resident expert: its slot, or -1 if it is not resident."""
     while True:
@@ -94,7 +94,7 @@ def lease(word_address: int, bit: int) -> int:
             return expert_slot(word)
 
 
-@kernel(types.void(types.int64, types.int64))
+@inner
 def release(word_address: int, bit: int) -> None:
     """Clear a lane's bit. The caller then listens for a hungry pager. (mask / HUNGRY)"""
     fetch_and(word_address, ~bit)

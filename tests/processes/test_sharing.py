@@ -128,6 +128,17 @@ def test_waiting_while_this_thread_holds_a_lease_is_refused(world: World) -> Non
     assert world.mask(0, 0) == 0
 
 
+def test_a_lease_is_released_once(world: World) -> None:
+    runtime = world.create()
+    lease = runtime.expert(0, 0, PATIENCE)
+    with lease, runtime.expert(0, 0):
+        pass
+    with pytest.raises(RuntimeError, match="expert 0 of layer 0 is not leased"):
+        lease.__exit__(None, None, None)
+    with runtime.expert(0, 0):
+        assert world.mask(0, 0) == 1
+
+
 class Interruption(Exception):
     pass
 

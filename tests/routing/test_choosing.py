@@ -157,6 +157,7 @@ def test_any_number_of_experts_is_chosen_from(make_runtime: Callable[..., Runtim
     runtime = make_runtime(num_experts=num_experts, top_k=k, slots=num_experts, router=RouterConfig(cache_bonus=0.7))
     Residency(runtime).load(0, *resident)
     assert runtime.resident(0) == sorted(resident)
+    assert {expert for expert in range(num_experts) if runtime.is_resident(0, expert)} == resident
     logits = np.random.default_rng(num_experts).normal(size=(50, num_experts)).astype(np.float32)
     decision = runtime.router(0).route(logits)
     expected = by_definition(logits, k, resident, 0.7)

@@ -107,6 +107,7 @@ def calls(runtime: Runtime, router_call: Callable[[], object]) -> list[Callable[
         lambda: affinity.update([1]),
         runtime.metrics,
         lambda: runtime.resident(0),
+        lambda: runtime.is_resident(0, 0),
     ]
 
 

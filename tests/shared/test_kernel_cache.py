@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 import shmroute
 from shmroute.shared.atomic import COMPILED
-from shmroute.shared.kernel import STAMP, cache_directory, load_kernels
+from shmroute.shared.kernel import STAMP, cache_directory, collection_paused, load_kernels
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="interpreted kernels have no cache")
 
@@ -75,6 +76,20 @@ def words_here() -> bytes:
 def test_kernels_that_are_loaded_are_not_compiled_again() -> None:
     load_kernels()
     assert load_kernels() == 0
+
+
+def test_garbage_collection_goes_on_as_before_once_kernels_are_loaded() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), collection_paused():
+        assert not gc.isenabled()
+        _ = 1 / 0
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_kernels()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_the_cache_is_named_by_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
