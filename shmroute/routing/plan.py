@@ -74,7 +74,8 @@ FLOAT32: Final = 41
 INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
-PLAN_WORDS: Final = 45
+OWN: Final = 45  # int32, of `scratch_length`: the experts that a token would have without the cache
+PLAN_WORDS: Final = 46
 
 IDLE: Final = 0
 IN_USE: Final = 1
@@ -139,6 +140,7 @@ class Plan:
             (SCORES, scratch_length(experts), np.float64),
             (CANDIDATES, scratch_length(experts), np.int32),
             (CHOSEN, scratch_length(experts), np.int32),
+            (OWN, scratch_length(experts), np.int32),
             (MAPS, 2 * experts, np.float64),
             (TIMES, experts + 1, np.int64),
             (TOUCHED, experts + 1, np.int64),

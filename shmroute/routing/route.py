@@ -4,8 +4,9 @@ In two passes. The first only reads shared memory: it takes one residency snapsh
 and weighs the experts of every token, and refuses the whole batch if a token cannot be routed. The second records:
 clock, affinity (one CAS per expert touched), activations, metrics, and requests for what is missing.
 
-The bonus is for choosing only. A constant added to every resident expert cannot change a choice whose experts are all
-resident, so the second selection runs only for tokens that miss; it also tells which choices the bonus changed.
+The bonus is for choosing only. Whether it changed a choice is seen without choosing a second time: it did unless the
+chosen expert that is last by its logit has exactly the k - 1 other ones before it. Only then the token's own experts
+are found, to count how many were replaced.
 
 Lock-free throughout. Linearization points are those of the words it changes; the call as a whole is not atomic: a
 worker that dies in it leaves some of its batch recorded.
@@ -21,7 +22,16 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.scoring import softmax_weights
-from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
+from shmroute.routing.selection import (
+    ID,
+    bit_at,
+    count_after,
+    count_before_by_logit,
+    count_resident,
+    last_by_logit,
+    select_raised,
+    select_top_k,
+)
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,
@@ -86,6 +96,26 @@ def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
         put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
 
 
+@inlined
+def _count_replaced(words: npt.NDArray[np.int64], row_at: int) -> int:
+    """How many of a token's experts, chosen by raised logits, are not among its own.
+
+    Those that are not are the last of the chosen by logit alone. Before the very last one are the k - 1 others, and
+    whoever was not chosen in spite of its logit: if that is one expert, one was replaced.
+    """
+    num_experts, k, chosen_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.CHOSEN]
+    before = count_before_by_logit(row_at, num_experts, last_by_logit(row_at, chosen_at, k))
+    return before - (k - 1) if before <= k else _count_many_replaced(words, row_at)
+
+
+@inner
+def _count_many_replaced(words: npt.NDArray[np.int64], row_at: int) -> int:
+    """`_count_replaced` when two or more experts that were not chosen are before the last one that was."""
+    k, chosen_at, own_at = words[p.TOP_K], words[p.CHOSEN], words[p.OWN]
+    select_top_k(row_at, words[p.NUM_EXPERTS], words[p.SCORES], words[p.CANDIDATES], own_at, k)
+    return count_after(row_at, chosen_at, k, id_at(own_at + (k - 1) * ID))
+
+
 @inner
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
@@ -100,7 +130,12 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     hits = changed = nonfinite = touched = 0
     for token in range(tokens):
         row_at = logits_at + token * num_experts * 4
-        finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
+        if bonus == 0.0:
+            finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
+        else:
+            finite = select_raised(
+                row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k
+            )  # fmt: skip
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
@@ -108,11 +143,8 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
             return NOT_FINITE
         nonfinite += num_experts - finite
         present = count_resident(snapshot_at, chosen_at, k)
-        if bonus != 0.0 and present < k:
-            last = id_at(chosen_at + (k - 1) * ID)
-            select_raised(row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k)
-            changed += count_after(row_at, chosen_at, k, last)
-            present = count_resident(snapshot_at, chosen_at, k)
+        if bonus != 0.0:
+            changed += _count_replaced(words, row_at)
         hits += present
         for rank in range(k):
             expert = id_at(chosen_at + rank * ID)

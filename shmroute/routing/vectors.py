@@ -224,10 +224,10 @@ _put_id = _poke(types.int64, ir.IntType(32), lambda builder, value: builder.trun
 def _raised(typingctx: Any, values: Any, bits: Any, amount: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, bits, amount = args
-        higher = builder.fadd(values, _broadcast(builder, amount))
+        higher = builder.fadd(values, _broadcast(builder, _as_element_of(builder, amount, values)))
         return builder.select(_from_bits(builder, bits), higher, values)
 
-    return _SCORES(_SCORES, types.int64, types.float64), body
+    return values(values, types.int64, types.float64), body
 
 
 def _larger_of(builder: Any, one: Any, other: Any) -> Any:
@@ -484,10 +484,10 @@ def put_score(address: int, value: float) -> None:
     f64_array(address, 1)[0] = value
 
 
-def raised(values: Scores, bits: int, amount: float) -> Scores:
-    """`amount` added to the elements whose bit is set."""
+def raised(values: Any, bits: int, amount: float) -> Any:
+    """`amount`, rounded as the elements are, added to those of the first sixteen bits that are set."""
     chosen = (int(bits) >> np.arange(WIDTH)) & 1 == 1
-    return np.where(chosen, values + amount, values)
+    return np.where(chosen, values + values.dtype.type(amount), values)
 
 
 def widened(values: Logits) -> Scores:
