@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
-from shmroute.cli.output import human_bytes, note
+from shmroute.cli.output import complain, human_bytes, note
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
@@ -71,6 +72,8 @@ def pager(
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
     )
+    if problem := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k):
+        complain(f"WARNING: {problem}")
     load_kernels(report_compilation)
     segment, created = _segment(name, config)
     with contextlib.closing(segment):
