@@ -23,9 +23,13 @@ from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
     from shmroute.replay.run import Outcome
+    from shmroute.replay.timing import Machine
     from shmroute.traces import Trace
 
 ALL = "all"
+
+EXPERT_SIZE = "16MiB"
+"""Of traces that do not say how large their experts are."""
 
 
 def replay(
@@ -44,7 +48,12 @@ def replay(
         int | None,
         typer.Option(help="In each layer, for traces that do not say so (all but .npz).", show_default=False),
     ] = None,
-    expert_size: Annotated[str, typer.Option(help="Bytes of one expert, such as 16MiB.")] = "16MiB",
+    expert_size: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Bytes of one expert, such as 4MiB.  [default: the trace's, or {EXPERT_SIZE}]", show_default=False
+        ),
+    ] = None,
     bandwidth: Annotated[str, typer.Option(help="Bytes a second of loads, such as 3GB.")] = "3GB",
     compute: Annotated[float, typer.Option(help="Milliseconds that a worker computes a token in one layer.")] = 0.5,
     observe_every: Annotated[
@@ -55,6 +64,14 @@ def replay(
         typer.Option(
             "--one-by-one",
             help="Policies learn of each access when it happens, as in textbooks, not of a token's in a layer at once.",
+        ),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Instead: choose again from the recorded logits, residency and bonus, and compare exactly; exits with "
+            "1 if anything differs.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -71,9 +88,9 @@ def replay(
     waits for loads in all. The model of time: loads run one after the other at BANDWIDTH; a worker computes a layer's
     resident experts while others load.
 
-    TRACE is an .npz with ids (integers [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"), a vLLM
-    response with routed experts (.json) or one sequence's as .npy, Megatron Core's router trace (.jsonl), or .csv with
-    the columns token, layer, expert.
+    TRACE is a folder that workers recorded to, or what 'shmroute record' made of it; any .npz with ids (integers
+    [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"); a vLLM response with routed experts
+    (.json) or one sequence's as .npy; Megatron Core's router trace (.jsonl); or .csv with the columns token, layer, expert.
 
     Example: shmroute replay trace.npz --slots 10%,25%,50% --policies lru,expected-next-use,belady --workers 4
     """
@@ -91,23 +108,27 @@ def replay(
     if experts is not None:
         require_int("--experts", experts, 1, 1 << 12)
     chosen = chosen_policies(policies)
-    machine = Machine(
-        _positive("--expert-size", expert_size), float(_positive("--bandwidth", bandwidth)), compute / 1000
-    )
+    size = None if expert_size is None else _positive("--expert-size", expert_size)
+    speed = float(_positive("--bandwidth", bandwidth))
     if plots is not None:
         _require_matplotlib()
-    opened = [open_trace(path, experts) for path in traces]
+    opened = [
+        trace if tokens is None else trace.tokens(0, tokens) for trace in (open_trace(p, experts) for p in traces)
+    ]
+    if verify:
+        _verify(opened, as_json)
+        return
     budgets = [chosen_slots(slots, trace) for trace in opened]
     load_kernels(report_compilation)
     results: list[dict[str, Any]] = []
-    for trace, budget in zip(opened, budgets, strict=True):
-        used = trace if tokens is None else trace.tokens(0, tokens)
+    for used, budget in zip(opened, budgets, strict=True):
         for warning in warnings(used, budget, workers):
             complain(f"WARNING: {warning}")
+        machine = Machine(size or expert_bytes_of(used), speed, compute / 1000)
         outcomes = replay_trace(
             used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every
         )
-        results.append(as_dict(used, workers, outcomes))
+        results.append(as_dict(used, workers, machine, outcomes))
         if not as_json:
             console().print(rendered(used, workers, outcomes))
     if plots is not None:
@@ -116,7 +137,35 @@ def replay(
         for result in results:
             draw(result, plots)
     if as_json:
-        typer.echo(json.dumps({"machine": dataclasses.asdict(machine), "traces": results}))
+        typer.echo(json.dumps({"traces": results}))
+
+
+def _verify(traces: list[Trace], as_json: bool) -> None:
+    """``--verify``."""
+    from shmroute.replay.choices import verify  # noqa: PLC0415
+    from shmroute.shared.kernel import load_kernels  # noqa: PLC0415
+
+    load_kernels(report_compilation)
+    found = [verify(trace) for trace in traces]
+    if as_json:
+        results = [{"trace": trace.path, **one.as_dict()} for trace, one in zip(traces, found, strict=True)]
+        typer.echo(json.dumps({"traces": results}))
+    for trace, one in zip(traces, found, strict=True):
+        if not as_json:
+            left_out = f" ({one.not_recorded} were not recorded)" if one.not_recorded else ""
+            typer.echo(
+                f"{trace.name}: {one.choices} choices of {trace.num_tokens} tokens chosen again{left_out}: "
+                + ("all exactly as recorded" if one.exact else
+                   f"{one.different_ids} of other experts, {one.different_weights} with other weights")
+            )  # fmt: skip
+            if one.first is not None:
+                typer.echo(
+                    f"first in token {one.first['token']}, layer {one.first['layer']}: recorded "
+                    f"{one.first['recorded']['ids']} {one.first['recorded']['weights']}, chosen again "
+                    f"{one.first['recomputed']['ids']} {one.first['recomputed']['weights']}"
+                )
+    if not all(one.exact for one in found):
+        raise typer.Exit(1)
 
 
 def chosen_policies(text: str) -> list[str]:
@@ -176,7 +225,13 @@ def warnings(trace: Trace, budgets: list[int], workers: int) -> list[str]:
     return found
 
 
-def as_dict(trace: Trace, workers: int, outcomes: list[Outcome]) -> dict[str, Any]:
+def expert_bytes_of(trace: Trace) -> int:
+    """What a trace says of its experts' size, else `EXPERT_SIZE`."""
+    recorded = trace.meta.get("expert_bytes")
+    return recorded if isinstance(recorded, int) and recorded > 0 else parse_bytes(EXPERT_SIZE)
+
+
+def as_dict(trace: Trace, workers: int, machine: Machine, outcomes: list[Outcome]) -> dict[str, Any]:
     """One trace of the JSON object."""
     return {
         "trace": trace.path,
@@ -185,6 +240,7 @@ def as_dict(trace: Trace, workers: int, outcomes: list[Outcome]) -> dict[str, An
         "num_experts": trace.num_experts,
         "top_k": trace.top_k,
         "workers": workers,
+        "machine": dataclasses.asdict(machine),
         "results": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
 

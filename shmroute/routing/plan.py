@@ -74,7 +74,11 @@ FLOAT32: Final = 41
 INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
-PLAN_WORDS: Final = 45
+# For recording; see `shmroute.recording`.
+TRACE: Final = 45  # address of the recorder's words; 0: nothing is recorded
+START: Final = 46  # written by a call: the layer's clock at its first token
+STRENGTH: Final = 47  # written by a call: the bonus word by which it chose, 0 if the bonus could change nothing
+PLAN_WORDS: Final = 48
 
 IDLE: Final = 0
 IN_USE: Final = 1

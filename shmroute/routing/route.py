@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from shmroute.recording.append import append_route
 from shmroute.routing import plan as p
 from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
@@ -94,8 +95,10 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     times_at, touched_at = words[p.TIMES], words[p.TOUCHED]
     resident = _take_snapshot(words[p.RESIDENT], snapshot_at, num_experts)
     bonus = 0.0
+    words[p.STRENGTH] = 0
     if words[p.MEMORY_AWARE] == 1 and 0 < resident < num_experts:  # else it would raise none, or all alike
-        bonus = unpack_bonus(load(words[p.BONUS]))
+        words[p.STRENGTH] = load(words[p.BONUS])
+        bonus = unpack_bonus(words[p.STRENGTH])
 
     hits = changed = nonfinite = touched = 0
     for token in range(tokens):
@@ -162,6 +165,7 @@ def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int)
     _compose_maps(words, experts_at, tokens)
     start = advance_clock(words[p.CLOCK], tokens)
     end = start + tokens
+    words[p.START] = start
     for i in range(words[p.TOUCHED_COUNT]):
         expert = word_at(words[p.TOUCHED] + i * WORD)
         map_at, times_at = words[p.MAPS] + expert * 2 * WORD, words[p.TIMES] + expert * WORD
@@ -243,6 +247,11 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
         code = _choose(words, logits_at, experts_at, weights_at, tokens)
         if code == 0:
             code = _record(words, experts_at, tokens)
+            if words[p.TRACE] != 0:
+                append_route(
+                    words[p.TRACE], words[p.LAYER], words[p.START], words[p.STRENGTH], words[p.SNAPSHOT], logits_at,
+                    experts_at, weights_at, tokens,
+                )  # fmt: skip
             if timed:
                 record_duration(words[p.HISTOGRAM], nanoseconds(reading(scale) - began, scale))
     store(plan, p.IDLE)

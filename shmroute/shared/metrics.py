@@ -46,6 +46,8 @@ class LaneCounter(IntEnum):
     LOAD_ERRORS = 11  # ExpertLoadError raised
     LOADS = 12  # loads that its requests started; counted by the pager
     EVICTIONS = 13  # evictions that made room for those; counted by the pager
+    RECORDED = 14  # (token, layer) pairs written to its recording
+    UNRECORDED = 15  # records for which its recording had no room
 
 
 class PagerCounter(IntEnum):
