@@ -90,7 +90,8 @@ def replay(
 
     TRACE is a folder that workers recorded to, or what 'shmroute record' made of it; any .npz with ids (integers
     [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"); a vLLM response with routed experts
-    (.json) or one sequence's as .npy; Megatron Core's router trace (.jsonl); or .csv with the columns token, layer, expert.
+    (.json) or one sequence's as .npy; Megatron Core's router trace (.jsonl); or .csv with the columns token, layer,
+    expert.
 
     Example: shmroute replay trace.npz --slots 10%,25%,50% --policies lru,expected-next-use,belady --workers 4
     """

@@ -2,17 +2,19 @@
 
 Two formats, both in the field ``routed_experts`` of each of a response's ``choices``:
 
-- since 0.22 a string: base64 of an npy file, uint8 or uint16 [prompt tokens + generated tokens - 1, layers, k]. The last
-  token that was sampled is never routed (``CompletionResponseChoice`` and ``GenerateResponseChoice`` in vLLM's
-  ``entrypoints/openai/completion/protocol.py`` and ``entrypoints/serve/disagg/protocol.py``);
+- since 0.22 a string: base64 of an npy file, unsigned or int32 [prompt + generated tokens - 1, layers, k]. The last
+  token that was sampled is never routed (``CompletionResponseChoice`` in vLLM's
+  ``vllm/entrypoints/openai/completion/protocol.py``; vllm-project/vllm pull request 38939);
 - in 0.21 nested lists [generated tokens, layers, k], and the prompt's in ``prompt_routed_experts`` [prompt tokens,
   layers, k] at the response's top; tokens that the prefix cache spared are -1
   (https://docs.vllm.ai/en/v0.21.0/training/routed_experts_replay/).
 
-Either may be null. Offline, ``CompletionOutput.routed_experts`` is such an array, to be saved with ``numpy.save``.
+Either may be null. Offline, ``CompletionOutput.routed_experts`` is such an array, to be saved with ``numpy.save``
+(vLLM's ``examples/rl/routed_experts_e2e.py``).
 
 Each choice is one sequence, after the prompt's tokens in the first: the prompt is computed once, so where later choices
-repeat its rows, these are left out. Neither format says how many experts a layer has, so the caller must.
+repeat its rows, these are left out. Versions that count all of a model's layers leave zeros for those without experts;
+such layers are left out too. Neither format says how many experts a layer has, so the caller must.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def load_response(path: Path, num_experts: int) -> Trace:
         raise TraceError(str(path), f"its routed experts differ in layers or k: {[piece.shape for piece in pieces]}")
     ids = np.concatenate(pieces)
     seq_id = np.concatenate([np.full(len(piece), sequence) for piece, sequence in zip(pieces, sequences, strict=True)])
-    return Trace(path.stem, str(path), ids, num_experts, seq_id=seq_id, meta={"source": "vLLM"})
+    return _trace(path, ids, num_experts, seq_id)
 
 
 def load_array(path: Path, num_experts: int) -> Trace:
@@ -94,7 +96,18 @@ def load_array(path: Path, num_experts: int) -> Trace:
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError, OverflowError, SyntaxError) as error:
         raise TraceError(str(path), f"it is no plain npy array ({error})") from error
-    return Trace(path.stem, str(path), ids, num_experts, meta={"source": "vLLM"})
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise TraceError(str(path), f"it must be integers [tokens, layers, k], not {ids.dtype} {ids.shape}")
+    return _trace(path, ids, num_experts, np.zeros(len(ids), np.int64))
+
+
+def _trace(path: Path, ids: npt.NDArray[Any], num_experts: int, seq_id: npt.NDArray[np.int64]) -> Trace:
+    """The trace of a model's layers, without those that have no experts."""
+    numbers = np.arange(ids.shape[1])
+    if ids.shape[2] > 1 and (ids > 0).any():  # no layer with experts chooses number 0 more than once
+        numbers = np.flatnonzero((ids > 0).any(axis=(0, 2)))
+    meta = {"source": "vLLM", "layer_numbers": numbers.tolist()}
+    return Trace(path.stem, str(path), ids[:, numbers], num_experts, seq_id=seq_id, meta=meta)
 
 
 def _prompt_tokens(response: dict[str, Any]) -> int:
@@ -117,7 +130,7 @@ def _ids(path: Path, name: str, value: Any) -> npt.NDArray[Any]:
     if array.dtype.kind not in "iu" or array.ndim != 3:
         raise TraceError(
             str(path),
-            f"{name} must be integers [tokens, layers, k], in nested lists of equal lengths or as an npy file in base64",
+            f"{name} must be integers [tokens, layers, k]: nested lists of equal lengths, or an npy file in base64",
         )
     return array
 
