@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
-from shmroute.cli.output import human_bytes, note
+from shmroute.cli.output import complain, human_bytes, note
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
@@ -81,6 +82,8 @@ def pager(
         max_workers=max_workers,
         trace=None if trace is None else TraceConfig(str(trace), logits=trace_logits),
     )
+    if problem := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k):
+        complain(f"WARNING: {problem}")
     load_kernels(report_compilation)
     segment, created = _segment(name, config)
     with contextlib.closing(segment):

@@ -214,3 +214,10 @@ def test_adopts_the_segment_of_a_live_owner(pager, worker, cli, segment, name):
     client.leave()
     assert cli("destroy", name, "--force").exit_code == 0
     assert only.process.wait(60) == 0
+
+
+def test_a_budget_under_one_tokens_cycle_is_warned_of(pager):
+    small = pager(budget=str(11 * 196608))
+    small.says("serving")
+    assert "WARNING: 11 slots are fewer than one token's cycle of 6 layers × 2 experts = 12" in small.messages
+    assert small.stop() == 0
