@@ -18,6 +18,7 @@ from shmroute.cli.output import complain, console, human_bytes, human_duration, 
 from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
+from shmroute.replay.prefetching import PREFETCHERS
 from shmroute.shared.words import MAX_LANES
 from shmroute.validation import require, require_float, require_int
 
@@ -66,6 +67,13 @@ def replay(
             help="Policies learn of each access when it happens, as in textbooks, not of a token's in a layer at once.",
         ),
     ] = False,
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help=f"What is asked for ahead of demand: {', '.join(PREFETCHERS)} (what a worker's next layer will "
+            "choose: the most that such a prediction could do). Not for belady."
+        ),
+    ] = "none",
     verify: Annotated[
         bool,
         typer.Option(
@@ -78,15 +86,17 @@ def replay(
     plots: Annotated[
         Path | None,
         typer.Option(
-            help="Also draw hit rates over slots into this directory (needs shmroute[plots]).", show_default=False
+            help="Also draw hit rates over slots, and experts over time, into this directory (needs shmroute[plots]).",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
     """Replay recorded routing offline, with the pager's own eviction policies, and the best possible one, Belady's.
 
-    Every miss is loaded at once. On time: the expert was there when the worker would compute it. Stall: what a token
-    waits for loads in all. The model of time: loads run one after the other at BANDWIDTH; a worker computes a layer's
-    resident experts while others load.
+    Hit: the expert was resident, or asked for already. On time: it was there when the worker would compute it, loaded
+    ahead or not. Stall: what a token waits for loads in all. The model of time: a miss is asked for when its token is
+    routed; loads run one after the other at BANDWIDTH; a worker computes a layer's resident experts while others load.
+    What is asked for ahead of demand is loaded when nothing that is demanded is.
 
     TRACE is a folder that workers recorded to, or what 'shmroute record' made of it; any .npz with ids (integers
     [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"); a vLLM response with routed experts
@@ -108,6 +118,7 @@ def replay(
         require_int("--tokens", tokens, 1, 1 << 40)
     if experts is not None:
         require_int("--experts", experts, 1, 1 << 12)
+    require(prefetch in PREFETCHERS, f"--prefetch must be one of {', '.join(PREFETCHERS)}, not {prefetch!r}")
     chosen = chosen_policies(policies)
     size = None if expert_size is None else _positive("--expert-size", expert_size)
     speed = float(_positive("--bandwidth", bandwidth))
@@ -127,16 +138,18 @@ def replay(
             complain(f"WARNING: {warning}")
         machine = Machine(size or expert_bytes_of(used), speed, compute / 1000)
         outcomes = replay_trace(
-            used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every
-        )
+            used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every,
+            prefetcher=PREFETCHERS[prefetch],
+        )  # fmt: skip
         results.append(as_dict(used, workers, machine, outcomes))
         if not as_json:
             console().print(rendered(used, workers, outcomes))
     if plots is not None:
-        from shmroute.replay.plots import draw  # noqa: PLC0415
+        from shmroute.replay.plots import draw_hit_rates, draw_timeline  # noqa: PLC0415
 
-        for result in results:
-            draw(result, plots)
+        for used, result in zip(opened, results, strict=True):
+            draw_hit_rates(result, plots)
+            draw_timeline(used, plots)
     if as_json:
         typer.echo(json.dumps({"traces": results}))
 
@@ -247,7 +260,9 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
     )  # fmt: skip
     table.add_column("SLOTS", justify="right", no_wrap=True)
     table.add_column("POLICY", no_wrap=True)
-    for label in ("HIT RATE", "ON TIME", "LOADED/TOKEN", "STALL/TOKEN"):
+    labels = ["HIT RATE", "ON TIME", "LOADED/TOKEN", "STALL/TOKEN"]
+    ahead = any(outcome.prefetches_per_token for outcome in outcomes)
+    for label in [*labels, *(["AHEAD/TOKEN", "OF USE"] if ahead else [])]:
         table.add_column(label, justify="right", no_wrap=True)
     previous = None
     for outcome in outcomes:
@@ -262,6 +277,7 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
             f"{outcome.on_time:.3f}",
             human_bytes(math.floor(outcome.bytes_per_token)),
             human_duration(outcome.stall_per_token * 1e6),
+            *([f"{outcome.prefetches_per_token:.2f}", human_share(outcome.prefetch_accuracy)] if ahead else []),
         )
     return table
 
