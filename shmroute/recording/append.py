@@ -157,6 +157,13 @@ def append_wait(recorder: int, layer: int, expert: int, ns: int) -> None:
     store(at + r.COMMIT * WORD, number + 1)
 
 
+@kernel(types.void(types.int64, types.int64, types.int64))
+def offer_chunk(recorder: int, chunk: int, address: int) -> None:
+    """Let writers use the chunk that comes next, mapped at an address. Only the growing thread may call this."""
+    store(recorder + (CHUNK_TABLE + (chunk & (TABLE_CHUNKS - 1))) * WORD, address)
+    store(recorder + READY * WORD, (chunk + 1) << CHUNK_BITS)  # linearization point
+
+
 @kernel(types.int64(types.int64, types.int64, types.int64))
 def committed_records(chunk: int, first: int, record_bytes: int) -> int:
     """How many records of a chunk, whose first is number `first`, are committed, from the first on."""

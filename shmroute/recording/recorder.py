@@ -36,7 +36,8 @@ LOOK_EVERY: Final = 0.01
 """Seconds."""
 
 CHUNKS_AHEAD: Final = 4
-"""Chunks that are ready before they are needed: 65,536 records, some 30 ms of routing at full speed."""
+"""Chunks that are ready before they are needed, at least: 65,536 records. Twice what was used since the last look, if
+that is more."""
 
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; before, the first write to a page costs its writer a fault
 
@@ -91,6 +92,7 @@ class Recorder:
         self._header = 0
         self._chunks: dict[int, int] = {}
         self._next_chunk = 0
+        self._reserved_before = 0
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as error:
@@ -147,16 +149,15 @@ class Recorder:
             if a.committed_records(address, first, int(self._words[a.RECORD_BYTES])) == a.CHUNK_RECORDS:
                 self._unmap(address, self._chunk_bytes)
                 del self._chunks[chunk]
-        wanted = (reserved >> a.CHUNK_BITS) + CHUNKS_AHEAD + 1
+        pace, self._reserved_before = (reserved - self._reserved_before) >> a.CHUNK_BITS, reserved
+        wanted = (reserved >> a.CHUNK_BITS) + max(CHUNKS_AHEAD, 2 * pace) + 1
         oldest = min(self._chunks, default=self._next_chunk)
         while self._next_chunk < min(wanted, oldest + a.TABLE_CHUNKS):
             offset = self._header_bytes + self._next_chunk * self._chunk_bytes
             os.posix_fallocate(self._descriptor, offset, self._chunk_bytes)
             address = self._chunks[self._next_chunk] = self._map(offset, self._chunk_bytes)
-            slot = a.CHUNK_TABLE + self._next_chunk % a.TABLE_CHUNKS
-            write_word(self.address + slot * WORD, address)
+            a.offer_chunk(self.address, self._next_chunk, address)
             self._next_chunk += 1
-            write_word(self.address + a.READY * WORD, self._next_chunk << a.CHUNK_BITS)
 
     def _grow_ahead(self) -> None:
         while not self._ended.wait(LOOK_EVERY):

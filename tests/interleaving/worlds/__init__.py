@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, recording, ring
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -24,6 +24,7 @@ WORLDS: dict[str, type[World]] = {
     "lanes-inherited": lanes.LanesInherited,
     "metrics-handed-over": metrics.MetricsHandedOver,
     "metrics": metrics.Metrics,
+    "recording": recording.Recording,
     "creation": lifecycle.Creation,
     "removal": lifecycle.Removal,
     "reclaiming": lifecycle.Reclaiming,
