@@ -25,9 +25,8 @@ def readme_table() -> Figures:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert HEADING in text, "README lacks the table's heading"
     passage = re.split(r"\n#+ ", text.split(HEADING)[1])[0]
-    rows = [
-        [cell.strip(" *`") for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", passage, re.M)
-    ]
+    lines = [re.sub(r"[*`]", "", line) for line in re.findall(r"^\|.*\|$", passage, re.M)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     found = {}
     for policy, *cells in rows[2:]:
         numbers = [re.findall(r"\d*\.\d+", cell) for cell in cells]
