@@ -3,7 +3,7 @@
 See `create` and `attach`; the README has a running example.
 """
 
-from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.lifecycle import attach, create, destroy
 from shmroute.metrics import RuntimeMetrics
 from shmroute.routing import MemoryAwareRouter, RoutingDecision
@@ -26,6 +26,7 @@ __all__ = [
     "Runtime",
     "RuntimeConfig",
     "RuntimeMetrics",
+    "TraceConfig",
     "__version__",
     "attach",
     "create",

@@ -157,7 +157,7 @@ class Attachment:
         self._source: ExpertSource | None = None
         self._source_mutex = threading.Lock()
         self._shared: dict[Any, Any] = {}
-        self._shared_mutex = threading.Lock()
+        self._shared_mutex = threading.RLock()  # what is made may need something else that is shared
 
     # ---------------------------------------------------------- use
 
@@ -185,7 +185,7 @@ class Attachment:
             )
 
     def before_close(self, action: Callable[[], None]) -> None:
-        """Have `action` run when everything is let go, while the mapping is still there."""
+        """Have `action` run when everything is let go, while the mapping is still there: the last one given first."""
         with self._mutex:
             self.check_open()
             self._before_close.append(action)
@@ -340,7 +340,7 @@ class Attachment:
         with self._mutex:
             while self._in_use:  # (count / closed)
                 self._idle.wait()
-        for action in self._before_close:
+        for action in reversed(self._before_close):
             action()
         if self._lane is not None:
             self._free_lane(self._lane.number)

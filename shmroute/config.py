@@ -215,6 +215,32 @@ class PagerConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """Where workers record what they route; see `shmroute.recording`.
+
+    Attributes
+    ----------
+    folder : str
+        Made if need be; each process writes a file of its own there. A relative one is taken from where the runtime is
+        created.
+    logits : bool
+        Also record every logit: then choices can be verified, and the files are larger by 4 bytes an expert, token and
+        layer.
+    """
+
+    folder: str
+    logits: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.folder, str | Path) and str(self.folder) not in ("", "."),
+            f"trace's folder must be the path of a folder, not {self.folder!r}",
+        )
+        object.__setattr__(self, "folder", str(Path(self.folder).absolute()))
+        require(isinstance(self.logits, bool), "trace's logits must be True or False")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Everything that the processes of one runtime agree on; it is fixed when the segment is created.
 
@@ -238,6 +264,8 @@ class RuntimeConfig:
         Where the experts come from; None for routing alone.
     source_fingerprint : str
         Differs whenever the source's content does.
+    trace : TraceConfig, str, Path or None
+        Where workers record what they route, a folder; None for nowhere.
     """
 
     num_layers: int
@@ -254,8 +282,15 @@ class RuntimeConfig:
     tensors: tuple[TensorLayout, ...] = ()
     source: SourceSpec | None = None
     source_fingerprint: str = ""
+    trace: TraceConfig | str | Path | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.trace, str | Path):
+            object.__setattr__(self, "trace", TraceConfig(str(self.trace)))
+        require(
+            self.trace is None or isinstance(self.trace, TraceConfig),
+            f"trace must be a folder, a TraceConfig or None, not {self.trace!r}",
+        )
         for name, kind in (("router", RouterConfig), ("affinity", AffinityConfig), ("pager", PagerConfig)):
             require(isinstance(getattr(self, name), kind), f"{name} must be a {kind.__name__}")
         require(self.source is None or isinstance(self.source, SourceSpec), "source must be a SourceSpec or None")
@@ -294,6 +329,12 @@ class RuntimeConfig:
             )
 
     @property
+    def recording(self) -> TraceConfig | None:
+        """`trace` in full, also where a path was given."""
+        assert self.trace is None or isinstance(self.trace, TraceConfig), "made so when the settings were"
+        return self.trace
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one slot: an expert, rounded up to whole pages."""
         return slot_bytes_of(self.expert_bytes)
@@ -323,6 +364,7 @@ class RuntimeConfig:
         affinity: AffinityConfig | None = None,
         pager: PagerConfig | None = None,
         max_workers: int = 32,
+        trace: TraceConfig | str | Path | None = None,
     ) -> RuntimeConfig:
         """Take the geometry from a checkpoint and the number of slots from a budget.
 
@@ -334,7 +376,7 @@ class RuntimeConfig:
             What the slots may hold: a share of all experts (``"50%"``), a size (``"2GiB"``) or bytes.
         router : RouterConfig, optional
             Its `renormalize`, and what it has from `scoring` on, are replaced by the checkpoint's own.
-        affinity, pager, max_workers
+        affinity, pager, max_workers, trace
             As in `RuntimeConfig`.
 
         Raises
@@ -360,6 +402,7 @@ class RuntimeConfig:
             tensors=geometry.tensors,
             source=spec,
             source_fingerprint=geometry.fingerprint,
+            trace=trace,
         )
 
     def pager_command(self, name: str) -> str:
@@ -373,6 +416,8 @@ class RuntimeConfig:
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
         words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]
+        if self.recording is not None:
+            words += ["--trace", self.recording.folder, *(["--trace-logits"] if self.recording.logits else [])]
         return shlex.join(words)
 
     def to_json(self) -> str:
@@ -390,7 +435,7 @@ class RuntimeConfig:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            source = data.pop("source")
+            source, trace = data.pop("source"), data.pop("trace")
             return cls(
                 router=RouterConfig(**data.pop("router")),
                 affinity=AffinityConfig(**data.pop("affinity")),
@@ -400,6 +445,7 @@ class RuntimeConfig:
                     TensorLayout(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data.pop("tensors")
                 ),
                 source=None if source is None else SourceSpec(**source),
+                trace=None if trace is None else TraceConfig(**trace),
                 **data,
             )
         except ConfigError:

@@ -172,3 +172,7 @@ class TraceError(ConfigError):
     def __init__(self, path: str, reason: str) -> None:
         self.path = path
         super().__init__(f"{path}: {reason}")
+
+
+class RecordingError(ShmrouteError):
+    """What is routed cannot be recorded where the settings say."""

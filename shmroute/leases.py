@@ -32,6 +32,8 @@ from shmroute.attachment import Attachment
 from shmroute.config import NO_SOURCE
 from shmroute.errors import ConfigError, ExpertLoadError, ExpertTimeout, LeaseHeldError, PagerUnavailable
 from shmroute.failures import failure_reason
+from shmroute.recording.append import append_wait
+from shmroute.recording.recorder import recorder_of
 from shmroute.shared.affinity import checked_ids
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import arm, disarm
@@ -74,6 +76,7 @@ class Leases:
         self._segment = attachment.segment
         self._lane = attachment.lane()
         self._table = lease_table(self._segment, self._lane.number)
+        self._recorder = attachment.one(recorder_of)
         self._mutex = threading.RLock()
         self._here = threading.local()
         self._waiting = threading.Lock()
@@ -183,6 +186,8 @@ class Leases:
             add(self._lane.counter(LaneCounter.WAITS), 1)
             add(self._lane.counter(LaneCounter.WAIT_NS), waited)
             count_duration(self._lane.counter(LANE_COUNTERS + HISTOGRAM_BUCKETS), waited)
+            if self._recorder is not None:
+                append_wait(self._recorder.address, layer, found[0], waited)
         return found
 
     def _wait_armed(

@@ -21,6 +21,7 @@ from shmroute.errors import (
 )
 from shmroute.pager.process import pager_alive, standby_alive, start_pager, stop_pager
 from shmroute.pager_lock import PagerLock
+from shmroute.recording.recorder import prepare_folder
 from shmroute.runtime import Runtime
 from shmroute.shared.bell import Semaphore
 from shmroute.shared.identity import is_dead
@@ -96,6 +97,8 @@ def create(
         If ``/dev/shm`` has no room.
     PagerStartError
         If the pager did not come up.
+    RecordingError
+        If the folder to record to cannot be made.
     """
     checked_name(name)
     require(isinstance(config, RuntimeConfig), f"config must be a RuntimeConfig, not a {type(config).__name__}")
@@ -148,6 +151,8 @@ def _with_source(config: RuntimeConfig, checkpoint: str | Path | ExpertSource) -
 
 def create_or_reclaim(name: str, config: RuntimeConfig) -> Segment:
     """`create_segment`, after removing a segment of that name whose users are all dead."""
+    if config.recording is not None:
+        prepare_folder(config.recording)
     for _ in range(10):
         try:
             return create_segment(name, config)

@@ -46,6 +46,8 @@ class Runtime:
     Attributes
     ----------
     name : str
+    uuid : str
+        Tells it from all others that ever had the name; files that its workers record begin with it.
     config : RuntimeConfig
     owner : bool
         Whether leaving the runtime ends it for everybody.
@@ -53,7 +55,7 @@ class Runtime:
 
     def __init__(self, segment: Segment, *, owner: bool, pager: subprocess.Popen[bytes] | None = None) -> None:
         self._attachment: Attachment = attachment_to(segment)
-        self.name = segment.name
+        self.name, self.uuid = segment.name, segment.uuid
         self.config = segment.config
         self.owner = owner
         self._pager = pager

@@ -21,6 +21,7 @@ from shmroute.cli.doctor import doctor
 from shmroute.cli.ls import ls
 from shmroute.cli.output import complain
 from shmroute.cli.pager import pager
+from shmroute.cli.record import record
 from shmroute.cli.replay import replay
 from shmroute.cli.stat import StatCommand, stat
 from shmroute.errors import ConfigError, ShmrouteError
@@ -86,6 +87,7 @@ app.command(help=help_of(demo))(demo)
 app.command(help=help_of(pager))(pager)
 app.command(help=help_of(stat), cls=StatCommand)(stat)
 app.command(help=help_of(ls))(ls)
+app.command(help=help_of(record))(record)
 app.command(help=help_of(replay))(replay)
 app.command(help=help_of(destroy))(destroy)
 app.command(help=help_of(doctor))(doctor)

@@ -49,6 +49,13 @@ def demo(
         int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
     ] = RouterConfig.max_rank,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens of each domain.")] = 1_000_000,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Record what is routed into this folder, and merge it: bonus-0.npz, and that of the other bonus.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as one JSON object.")] = False,
 ) -> None:
     """Run a pager and four workers on one cache of a trained model's experts, without and with a cache bonus.
@@ -79,7 +86,7 @@ def demo(
     runs = []
     for value in (0.0, bonus):
         with _display(console, value) as watch:
-            runs.append(show.run(value, watch))
+            runs.append(show.run(value, watch, None if trace is None else trace / f"bonus-{value:g}"))
         console.print(_run_table(runs[-1]))
     plain, biased = runs
     console.print(_comparison(plain, biased))

@@ -12,7 +12,7 @@ import typer
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
-from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -20,6 +20,7 @@ from shmroute.pager.process import run_pager
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.removal import claim_destruction, unlink_segment, wait_until_gone
 from shmroute.shared.segment import Segment, attach_segment, checked_name
+from shmroute.validation import require
 
 ATTEMPTS = 10
 REMOVAL_TIMEOUT = 10.0
@@ -60,6 +61,13 @@ def pager(
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="A folder: workers record there what they route; see 'shmroute record'.", show_default=False),
+    ] = None,
+    trace_logits: Annotated[
+        bool, typer.Option("--trace-logits", help="Record logits too, so that choices can be verified.")
+    ] = False,
 ) -> None:
     """Serve a cache of a checkpoint's experts until stopped.
 
@@ -74,12 +82,14 @@ def pager(
     Example: shmroute pager ./mixtral --name demo --budget 50%
     """
     checked_name(name)
+    require(trace is not None or not trace_logits, "--trace-logits needs --trace: the folder to record to")
     config = RuntimeConfig.from_checkpoint(
         checkpoint,
         budget,
         router=RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank),
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
+        trace=None if trace is None else TraceConfig(str(trace), logits=trace_logits),
     )
     if problem := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k):
         complain(f"WARNING: {problem}")

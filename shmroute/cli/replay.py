@@ -18,14 +18,19 @@ from shmroute.cli.output import complain, console, human_bytes, human_duration, 
 from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
+from shmroute.replay.prefetching import PREFETCHERS
 from shmroute.shared.words import MAX_LANES
 from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
     from shmroute.replay.run import Outcome
+    from shmroute.replay.timing import Machine
     from shmroute.traces import Trace
 
 ALL = "all"
+
+EXPERT_SIZE = "16MiB"
+"""Of traces that do not say how large their experts are."""
 
 
 def replay(
@@ -44,7 +49,12 @@ def replay(
         int | None,
         typer.Option(help="In each layer, for traces that do not say so (all but .npz).", show_default=False),
     ] = None,
-    expert_size: Annotated[str, typer.Option(help="Bytes of one expert, such as 16MiB.")] = "16MiB",
+    expert_size: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Bytes of one expert, such as 4MiB.  [default: the trace's, or {EXPERT_SIZE}]", show_default=False
+        ),
+    ] = None,
     bandwidth: Annotated[str, typer.Option(help="Bytes a second of loads, such as 3GB.")] = "3GB",
     compute: Annotated[float, typer.Option(help="Milliseconds that a worker computes a token in one layer.")] = 0.5,
     observe_every: Annotated[
@@ -57,23 +67,41 @@ def replay(
             help="Policies learn of each access when it happens, as in textbooks, not of a token's in a layer at once.",
         ),
     ] = False,
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help=f"What is asked for ahead of demand: {', '.join(PREFETCHERS)} (what a worker's next layer will "
+            "choose: the most that such a prediction could do). Not for belady."
+        ),
+    ] = "none",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Instead: choose again from the recorded logits, residency and bonus, and compare exactly; exits with "
+            "1 if anything differs.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plots: Annotated[
         Path | None,
         typer.Option(
-            help="Also draw hit rates over slots into this directory (needs shmroute[plots]).", show_default=False
+            help="Also draw hit rates over slots, and experts over time, into this directory (needs shmroute[plots]).",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
     """Replay recorded routing offline, with the pager's own eviction policies, and the best possible one, Belady's.
 
-    Every miss is loaded at once. On time: the expert was there when the worker would compute it. Stall: what a token
-    waits for loads in all. The model of time: loads run one after the other at BANDWIDTH; a worker computes a layer's
-    resident experts while others load.
+    Hit: the expert was resident, or asked for already. On time: it was there when the worker would compute it, loaded
+    ahead or not. Stall: what a token waits for loads in all. The model of time: a miss is asked for when its token is
+    routed; loads run one after the other at BANDWIDTH; a worker computes a layer's resident experts while others load.
+    What is asked for ahead of demand is loaded when nothing that is demanded is.
 
-    TRACE is an .npz with ids (integers [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"), a vLLM
-    response with routed experts (.json) or one sequence's as .npy, Megatron Core's router trace (.jsonl), or .csv with
-    the columns token, layer, expert.
+    TRACE is a folder that workers recorded to, or what 'shmroute record' made of it; any .npz with ids (integers
+    [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"); a vLLM response with routed experts
+    (.json) or one sequence's as .npy; Megatron Core's router trace (.jsonl); or .csv with the columns token, layer,
+    expert.
 
     Example: shmroute replay trace.npz --slots 10%,25%,50% --policies lru,expected-next-use,belady --workers 4
     """
@@ -90,33 +118,68 @@ def replay(
         require_int("--tokens", tokens, 1, 1 << 40)
     if experts is not None:
         require_int("--experts", experts, 1, 1 << 12)
+    require(prefetch in PREFETCHERS, f"--prefetch must be one of {', '.join(PREFETCHERS)}, not {prefetch!r}")
     chosen = chosen_policies(policies)
-    machine = Machine(
-        _positive("--expert-size", expert_size), float(_positive("--bandwidth", bandwidth)), compute / 1000
-    )
+    size = None if expert_size is None else _positive("--expert-size", expert_size)
+    speed = float(_positive("--bandwidth", bandwidth))
     if plots is not None:
         _require_matplotlib()
-    opened = [open_trace(path, experts) for path in traces]
+    opened = [
+        trace if tokens is None else trace.tokens(0, tokens) for trace in (open_trace(p, experts) for p in traces)
+    ]
+    if verify:
+        _verify(opened, as_json)
+        return
     budgets = [chosen_slots(slots, trace) for trace in opened]
     load_kernels(report_compilation)
     results: list[dict[str, Any]] = []
-    for trace, budget in zip(opened, budgets, strict=True):
-        used = trace if tokens is None else trace.tokens(0, tokens)
+    for used, budget in zip(opened, budgets, strict=True):
         for warning in warnings(used, budget, workers):
             complain(f"WARNING: {warning}")
+        machine = Machine(size or expert_bytes_of(used), speed, compute / 1000)
         outcomes = replay_trace(
-            used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every
-        )
-        results.append(as_dict(used, workers, outcomes))
+            used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every,
+            prefetcher=PREFETCHERS[prefetch],
+        )  # fmt: skip
+        results.append(as_dict(used, workers, machine, outcomes))
         if not as_json:
             console().print(rendered(used, workers, outcomes))
     if plots is not None:
-        from shmroute.replay.plots import draw  # noqa: PLC0415
+        from shmroute.replay.plots import draw_hit_rates, draw_timeline  # noqa: PLC0415
 
-        for result in results:
-            draw(result, plots)
+        for used, result in zip(opened, results, strict=True):
+            draw_hit_rates(result, plots)
+            draw_timeline(used, plots)
     if as_json:
-        typer.echo(json.dumps({"machine": dataclasses.asdict(machine), "traces": results}))
+        typer.echo(json.dumps({"traces": results}))
+
+
+def _verify(traces: list[Trace], as_json: bool) -> None:
+    """``--verify``."""
+    from shmroute.replay.choices import verify  # noqa: PLC0415
+    from shmroute.shared.kernel import load_kernels  # noqa: PLC0415
+
+    load_kernels(report_compilation)
+    found = [verify(trace) for trace in traces]
+    if as_json:
+        results = [{"trace": trace.path, **one.as_dict()} for trace, one in zip(traces, found, strict=True)]
+        typer.echo(json.dumps({"traces": results}))
+    for trace, one in zip(traces, found, strict=True):
+        if not as_json:
+            left_out = f" ({one.not_recorded} were not recorded)" if one.not_recorded else ""
+            typer.echo(
+                f"{trace.name}: {one.choices} choices of {trace.num_tokens} tokens chosen again{left_out}: "
+                + ("all exactly as recorded" if one.exact else
+                   f"{one.different_ids} of other experts, {one.different_weights} with other weights")
+            )  # fmt: skip
+            if one.first is not None:
+                typer.echo(
+                    f"first in token {one.first['token']}, layer {one.first['layer']}: recorded "
+                    f"{one.first['recorded']['ids']} {one.first['recorded']['weights']}, chosen again "
+                    f"{one.first['recomputed']['ids']} {one.first['recomputed']['weights']}"
+                )
+    if not all(one.exact for one in found):
+        raise typer.Exit(1)
 
 
 def chosen_policies(text: str) -> list[str]:
@@ -167,7 +230,13 @@ def warnings(trace: Trace, budgets: list[int], workers: int) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
-def as_dict(trace: Trace, workers: int, outcomes: list[Outcome]) -> dict[str, Any]:
+def expert_bytes_of(trace: Trace) -> int:
+    """What a trace says of its experts' size, else `EXPERT_SIZE`."""
+    recorded = trace.meta.get("expert_bytes")
+    return recorded if isinstance(recorded, int) and recorded > 0 else parse_bytes(EXPERT_SIZE)
+
+
+def as_dict(trace: Trace, workers: int, machine: Machine, outcomes: list[Outcome]) -> dict[str, Any]:
     """One trace of the JSON object."""
     return {
         "trace": trace.path,
@@ -176,6 +245,7 @@ def as_dict(trace: Trace, workers: int, outcomes: list[Outcome]) -> dict[str, An
         "num_experts": trace.num_experts,
         "top_k": trace.top_k,
         "workers": workers,
+        "machine": dataclasses.asdict(machine),
         "results": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
 
@@ -190,7 +260,9 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
     )  # fmt: skip
     table.add_column("SLOTS", justify="right", no_wrap=True)
     table.add_column("POLICY", no_wrap=True)
-    for label in ("HIT RATE", "ON TIME", "LOADED/TOKEN", "STALL/TOKEN"):
+    labels = ["HIT RATE", "ON TIME", "LOADED/TOKEN", "STALL/TOKEN"]
+    ahead = any(outcome.prefetches_per_token for outcome in outcomes)
+    for label in [*labels, *(["AHEAD/TOKEN", "OF USE"] if ahead else [])]:
         table.add_column(label, justify="right", no_wrap=True)
     previous = None
     for outcome in outcomes:
@@ -205,6 +277,7 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
             f"{outcome.on_time:.3f}",
             human_bytes(math.floor(outcome.bytes_per_token)),
             human_duration(outcome.stall_per_token * 1e6),
+            *([f"{outcome.prefetches_per_token:.2f}", human_share(outcome.prefetch_accuracy)] if ahead else []),
         )
     return table
 

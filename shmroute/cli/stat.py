@@ -258,7 +258,9 @@ def _summary(shot: dict[str, Any]) -> Table:
         "total": f"{total['tokens']} tokens in {total['calls']} calls, hit rate {human_share(shot['hit_rate'])}, "
         f"route p50 {human_duration(route['p50_us'])} p99 {human_duration(route['p99_us'])}, "
         f"{total['changed']} choices changed for a lost mass of {total['lost_mass']:.3g}, "
-        f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors",
+        f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors"
+        + f", {total['recorded']} recorded, {total['unrecorded']} dropped"
+        * (total["recorded"] + total["unrecorded"] > 0),
         "pager": f"{pager['loads']} loads ({pager['prefetches']} prefetched, {pager['failures']} failed), "
         f"{human_bytes(pager['bytes_read'])} read, p50 {human_duration(load['p50_us'])} "
         f"p99 {human_duration(load['p99_us'])}, {pager['evictions']} evictions, {pager['queued']} queued, "

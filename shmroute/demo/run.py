@@ -19,11 +19,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 import shmroute
-from shmroute.config import RouterConfig, RuntimeConfig
+from shmroute.config import RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.demo.recording import Recording
 from shmroute.demo.reference import dense_reference
 from shmroute.errors import CheckpointError, ShmrouteError
 from shmroute.metrics import RuntimeMetrics
+from shmroute.traces import save_trace
+from shmroute.traces.merging import merge
 
 TOLERANCE = 1e-3
 """Largest absolute error that a run without bonus may have."""
@@ -161,7 +163,7 @@ class Demo:
                 f"the demo's dense reference reads a Mixtral checkpoint in this one file, and could not: {error}",
             ) from error
 
-    def run(self, bonus: float, watch: Callable[[Progress], None]) -> RunReport:
+    def run(self, bonus: float, watch: Callable[[Progress], None], trace: Path | None = None) -> RunReport:
         """Play all streams at once, each in a worker process of its own.
 
         Parameters
@@ -169,14 +171,20 @@ class Demo:
         bonus : float
         watch : callable
             Called a few times a second, and once at the end.
+        trace : Path, optional
+            A folder to record to, with logits; what is recorded is merged into a file of that name and ``.npz``.
 
         Raises
         ------
         DemoError
             If a worker fails.
         """
-        router = dataclasses.replace(self._router, cache_bonus=bonus)
-        config = RuntimeConfig.from_checkpoint(self.folder, self._budget, router=router)
+        config = RuntimeConfig.from_checkpoint(
+            self.folder,
+            self._budget,
+            router=dataclasses.replace(self._router, cache_bonus=bonus),
+            trace=None if trace is None else TraceConfig(str(trace), logits=True),
+        )
         domains = self.recording.domains()
         expected = {domain: len(self.recording.positions(domain, self._tokens)) for domain in domains}
         with (
@@ -206,6 +214,9 @@ class Demo:
                         assert pipe is not None
                         pipe.close()
             outputs, choices, positions = self._collect(domains, Path(scratch))
+            run = runtime.uuid
+        if trace is not None:
+            save_trace(merge(trace, run), trace.with_name(f"{trace.name}.npz"))
         difference = outputs - self._outputs[positions]
         kept = (choices[..., :, None] == self._choices[positions][..., None, :]).any(-1)
         return RunReport(

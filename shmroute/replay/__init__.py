@@ -5,7 +5,9 @@
 | `accesses` | a trace as the pager would meet it: N workers' layers in one order, and the experts wanted in each |
 | `memory` | the tables of a segment in private memory |
 | `serving` | the pager's own eviction policies over those tables |
+| `prefetching` | what is asked for ahead of demand |
 | `belady` | the best that any policy could do, knowing the future |
 | `timing` | a model of loads and computation: what waits for what |
 | `run`, `plots` | all of it for several policies and budgets |
+| `choices` | recorded choices, recomputed and compared |
 """

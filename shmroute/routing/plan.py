@@ -98,7 +98,10 @@ FOUND: Final = 61  # int32 of `scratch_length`
 STRENGTH: Final = 62  # the bonus word by which it chose, 0 if the cache could change nothing
 SPREAD_USED: Final = 63  # the spread word by which it chose, 0 unless the rule is cache-prior
 LOST_MASS: Final = 64  # probability that changed choices lost, in units of 1 / MASS_ONE
-PLAN_WORDS: Final = 65
+# For recording; see `shmroute.recording`.
+TRACE: Final = 65  # address of the recorder's words; 0: nothing is recorded
+START: Final = 66  # written by a call: the layer's clock at its first token
+PLAN_WORDS: Final = 67
 
 # Float64 at PARAMETERS.
 BOOST: Final = 0

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from shmroute.recording.append import append_route
 from shmroute.routing import plan as p
 from shmroute.routing.codes import SIGMOID
 from shmroute.routing.rules import choose_by_rule
@@ -226,6 +227,7 @@ def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int)
     _compose_maps(words, experts_at, tokens)
     start = advance_clock(words[p.CLOCK], tokens)
     end = start + tokens
+    words[p.START] = start
     for i in range(words[p.TOUCHED_COUNT]):
         expert = word_at(words[p.TOUCHED] + i * WORD)
         map_at, times_at = words[p.MAPS] + expert * 2 * WORD, words[p.TIMES] + expert * WORD
@@ -308,6 +310,11 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
         code = _choose(words, logits_at, experts_at, weights_at, tokens)
         if code == 0:
             code = _record(words, experts_at, tokens)
+            if words[p.TRACE] != 0:
+                append_route(
+                    words[p.TRACE], words[p.LAYER], words[p.START], words[p.STRENGTH], words[p.SNAPSHOT], logits_at,
+                    experts_at, weights_at, tokens,
+                )  # fmt: skip
             if timed:
                 record_duration(words[p.HISTOGRAM], nanoseconds(reading(scale) - began, scale))
     store(plan, p.IDLE)

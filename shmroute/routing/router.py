@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from shmroute.attachment import Attachment
 from shmroute.errors import NonFiniteLogitsError
+from shmroute.recording.recorder import recorder_of
 from shmroute.routing import plan as p
 from shmroute.routing.entry import bind
 from shmroute.routing.plan import Plan
@@ -69,6 +70,9 @@ class MemoryAwareRouter:
             Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data) for _ in range(2)
         )
         self._bias = np.zeros(self._num_experts, np.float32)
+        if (recorder := attachment.one(recorder_of)) is not None:
+            for plan in (self._hot, self._second):
+                plan.words[p.TRACE] = recorder.address
         # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
         self._address = self._hot.address
         self._second_mutex = threading.Lock()

@@ -47,6 +47,8 @@ class LaneCounter(IntEnum):
     LOADS = 12  # loads that its requests started; counted by the pager
     EVICTIONS = 13  # evictions that made room for those; counted by the pager
     LOST_MASS = 14  # probability that changed choices lost, in units of 1 / MASS_ONE
+    RECORDED = 15  # (token, layer) pairs written to its recording
+    UNRECORDED = 16  # records for which its recording had no room
 
 
 class PagerCounter(IntEnum):

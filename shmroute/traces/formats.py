@@ -8,6 +8,7 @@ from typing import Final
 
 from shmroute.errors import TraceError
 from shmroute.traces.megatron import load_records
+from shmroute.traces.merging import merge
 from shmroute.traces.npz import load_npz
 from shmroute.traces.table import load_csv
 from shmroute.traces.trace import Trace
@@ -27,7 +28,8 @@ def open_trace(path: str | Path, num_experts: int | None = None) -> Trace:
     Parameters
     ----------
     path : str or Path
-        ``.npz`` (this package's format), ``.json`` or ``.npy`` (vLLM), ``.jsonl`` (Megatron Core) or ``.csv``.
+        ``.npz`` (this package's format), ``.json`` or ``.npy`` (vLLM), ``.jsonl`` (Megatron Core) or ``.csv``; or the
+        folder to which workers recorded.
     num_experts : int, optional
         Experts in each layer: needed for all formats but npz, which says so itself.
 
@@ -38,13 +40,15 @@ def open_trace(path: str | Path, num_experts: int | None = None) -> Trace:
     """
     path = Path(path)
     suffix = path.suffix.lower()
+    if path.is_dir():
+        return merge(path)
     if suffix != ".npz" and suffix not in FOREIGN:
         raise TraceError(
             str(path), f"a trace ends in .npz, {', '.join(FOREIGN)}; {suffix or 'no ending'} is none of these"
         )
     try:
         if not path.is_file():
-            raise TraceError(str(path), "it is a directory, not a file" if path.is_dir() else "there is no such file")
+            raise TraceError(str(path), "there is no such file")
         if suffix == ".npz":
             return load_npz(path)
         kind, load = FOREIGN[suffix]

@@ -1,10 +1,17 @@
-"""What Megatron Core's router tracer writes with ``--moe-routing-trace-path``.
+"""What Megatron Core's router tracer writes with ``--moe-routing-trace-path``: ``router_trace_rank{N}.jsonl``.
 
-One JSON object a line, for each step, block and layer: ``step``, ``stage``, ``block``, ``layer``, ``rank``,
-``num_tokens``, ``topk`` and ``top_indices`` [tokens][topk]; records of multi-token prediction also have ``mtp_idx``
-(https://docs.nvidia.com/megatron-core/developer-guide/nightly/apidocs/core/core.transformer.moe.router_trace.html).
-Here the records of one block with stage ``pre_dispatch`` count, multi-token prediction left out; layers are numbered by
-their order. The sidecar files of hidden states and logits are not read. The caller says how many experts a layer has.
+The format is that of ``RouterTracer`` in ``megatron/core/transformer/moe/router_trace.py`` (NVIDIA/Megatron-LM, commit
+4addead). One JSON object a line, for each step, block and layer: ``step``, ``stage`` ("pre_dispatch"), ``block``
+("decoder" or "mtp"), ``layer``, ``rank``, ``num_tokens``, ``topk`` and ``top_indices`` [tokens][topk]; records of
+multi-token prediction also have ``mtp_idx``. Earlier versions have no ``stage`` and ``block``.
+
+In inference a layer fires once a step. In training a step is an iteration, so a layer comes once for each micro-batch
+(and once more where activations are recomputed, which the file does not tell): its n-th record of a step belongs to
+the n-th micro-batch. A last micro-batch that lacks layers, since the program ended in it, is left out.
+
+Choices come by ascending id, not by weight, when the router hands out a map. Here the records of one block count,
+multi-token prediction left out; layers are numbered by their order. The sidecar files of hidden states and logits are
+not read. The caller says how many experts a layer has.
 """
 
 from __future__ import annotations
@@ -22,6 +29,9 @@ from shmroute.traces.trace import Trace
 LONGEST_LINE = 1 << 26
 STAGE = "pre_dispatch"
 
+Layers = dict[int, npt.NDArray[Any]]
+"""A micro-batch's choices, [tokens, topk], by layer."""
+
 
 def load_records(path: Path, num_experts: int) -> Trace:
     """Read one rank's file.
@@ -29,9 +39,9 @@ def load_records(path: Path, num_experts: int) -> Trace:
     Raises
     ------
     TraceError
-        If a line is no such record, or a step lacks a layer.
+        If a line is no such record, or a micro-batch that is not the last lacks a layer.
     """
-    steps: dict[int, dict[int, npt.NDArray[Any]]] = {}
+    steps: dict[int, list[Layers]] = {}
     block = None
     with path.open("rb") as lines:
         number = 0
@@ -45,25 +55,24 @@ def load_records(path: Path, num_experts: int) -> Trace:
             block = record.get("block") if block is None else block
             if record.get("block") != block:
                 continue
-            layers = steps.setdefault(record["step"], {})
-            if record["layer"] in layers:
-                raise TraceError(
-                    str(path),
-                    f"line {number}: step {record['step']} has layer {record['layer']} twice; give one rank's file of "
-                    f"one run",
-                )
-            layers[record["layer"]] = _indices(path, number, record)
-    if not steps:
+            batches = steps.setdefault(record["step"], [])
+            batch = next((layers for layers in batches if record["layer"] not in layers), None)
+            if batch is None:
+                batches.append(batch := {})
+            batch[record["layer"]] = _indices(path, number, record)
+    found = [(step, layers) for step in sorted(steps) for layers in steps[step]]
+    if not found:
         raise TraceError(str(path), f"it has no record of stage {STAGE!r}")
-    numbers = sorted({layer for layers in steps.values() for layer in layers})
+    numbers = sorted({layer for _, layers in found for layer in layers})
+    if len(found) > 1 and len(found[-1][1]) < len(numbers):
+        found.pop()
     pieces = []
-    for step in sorted(steps):
-        layers = steps[step]
+    for step, layers in found:
         if sorted(layers) != numbers or len({array.shape for array in layers.values()}) > 1:
             raise TraceError(
                 str(path),
                 f"step {step} has the layers {sorted(layers)} with {sorted({len(a) for a in layers.values()})} tokens; "
-                f"each step needs all of {numbers}, with as many tokens and choices in each",
+                f"each step needs all of {numbers}, with as many tokens and choices in each; give one rank's file",
             )
         pieces.append(np.stack([layers[layer] for layer in numbers], axis=1))
     if len({piece.shape[1:] for piece in pieces}) > 1:

@@ -8,12 +8,27 @@
 | ``seq_id`` | integer [tokens] | optional: which sequence a token belongs to |
 | ``meta`` | str, 0-d | JSON object; ``experts``: how many a layer has (needed if there are no ``logits``) |
 
+What shmroute recorded itself (`shmroute.recording`) also has
+
+| array | dtype, shape | |
+|---|---|---|
+| ``resident`` | uint8 [tokens, layers, ⌈experts/8⌉] | the residency consulted: expert e: bit e mod 8 of byte e div 8 |
+| ``lane`` | integer [tokens] | the worker lane that routed it |
+| ``tick`` | integer [tokens, layers] | the layer's clock: a tick for each token of any worker; -1 where not recorded |
+| ``strength`` | float64 [tokens, layers] | the cache bonus by which it was chosen; 0 where it could change nothing |
+| ``stall_ns`` | integer [tokens, layers] | ns waited for what it chose; of a batch, the first token that chose it |
+
+and in ``meta``: ``run``, ``checkpoint``, ``layer_numbers``, ``expert_bytes``, ``slots``, ``router`` (the settings),
+``workers`` (for each file: lane, generation, pid, records; unfinished, damaged and dropped ones), the sums of the last
+three, and ``stall_elsewhere_ns`` (waited for experts that no token had chosen). Misses follow from ids and residency.
+
 Tokens are in the order in which they were computed. Further arrays are ignored.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.errors import TraceError
-from shmroute.traces.trace import Trace
+from shmroute.traces.trace import PER_TOKEN, Trace
 
 LONGEST_META = 1 << 20
 """Characters."""
@@ -37,7 +52,7 @@ UNREADABLE = (
 )  # fmt: skip
 """What reading a damaged archive raises: a wrong file, damaged data or header, an unknown compression, a password."""
 
-ARRAYS = ("ids", "weights", "logits", "seq_id", "meta")
+ARRAYS = (*PER_TOKEN, "meta")
 
 
 def load_npz(path: Path) -> Trace:
@@ -63,7 +78,7 @@ def load_npz(path: Path) -> Trace:
             str(path),
             f"its 'meta' must say how many experts a layer has, as JSON such as {{\"experts\": 64}}, not {experts!r}",
         )
-    optional = {name: found[name] for name in ("weights", "logits", "seq_id") if name in found}
+    optional = {name: found[name] for name in PER_TOKEN[1:] if name in found}
     return Trace(path.stem, str(path), found["ids"], experts, meta=meta, **optional)
 
 
@@ -97,11 +112,14 @@ def _meta(path: Path, array: npt.NDArray[Any] | None) -> dict[str, Any]:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace file."""
-    arrays: dict[str, Any] = {"ids": trace.ids.astype(np.int16), "seq_id": trace.seq_id}
-    if trace.weights is not None:
-        arrays["weights"] = trace.weights
-    if trace.logits is not None:
-        arrays["logits"] = trace.logits
+    """Write a trace file: whole, or not at all."""
+    arrays = {name: array for name in PER_TOKEN if (array := getattr(trace, name)) is not None}
+    arrays["ids"] = trace.ids.astype(np.int16)
     meta = trace.meta | {"experts": trace.num_experts, "k": trace.top_k}
-    np.savez_compressed(path, meta=np.array(json.dumps(meta)), **arrays)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,10 @@ from shmroute.shared.words import MAX_EXPERTS, MAX_LAYERS
 
 NOT_RECORDED = -1
 """The id of a choice that the recorder missed."""
+
+
+PER_TOKEN = ("ids", "weights", "logits", "seq_id", "resident", "lane", "tick", "strength", "stall_ns")
+"""The arrays of a trace; of each, the first axis is the tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,17 @@ class Trace:
         int64 [tokens]: which sequence each token belongs to.
     meta : dict
         Whatever else is known.
+    resident : ndarray or None
+        uint8 [tokens, layers, ⌈experts/8⌉]: the residency that the router consulted, a bit an expert, lowest first.
+    lane : ndarray or None
+        int64 [tokens]: the worker lane that routed each token.
+    tick : ndarray or None
+        int64 [tokens, layers]: the layer's clock as the token was routed, -1 where not recorded.
+    strength : ndarray or None
+        float64 [tokens, layers]: the cache bonus in force.
+    stall_ns : ndarray or None
+        int64 [tokens, layers]: nanoseconds that leases waited for what the token had chosen; of a batch, the first
+        token that had.
 
     Raises
     ------
@@ -52,6 +68,11 @@ class Trace:
     logits: npt.NDArray[np.float32] | None = None
     seq_id: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     meta: dict[str, Any] = field(default_factory=dict)
+    resident: npt.NDArray[np.uint8] | None = None
+    lane: npt.NDArray[np.int64] | None = None
+    tick: npt.NDArray[np.int64] | None = None
+    strength: npt.NDArray[np.float64] | None = None
+    stall_ns: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         ids = self._array("ids", self.ids, "iu", 3)
@@ -90,6 +111,18 @@ class Trace:
         sequence = self._array("seq_id", self.seq_id, "iu", 1)
         self._require(len(sequence) == tokens, f"seq_id must have one entry for each of {tokens} tokens")
         put(self, "seq_id", np.ascontiguousarray(sequence, np.int64))
+        for name, kinds, shape, dtype in (
+            ("resident", "u", (tokens, layers, -(-experts // 8)), np.uint8),
+            ("lane", "iu", (tokens,), np.int64),
+            ("tick", "iu", (tokens, layers), np.int64),
+            ("strength", "f", (tokens, layers), np.float64),
+            ("stall_ns", "iu", (tokens, layers), np.int64),
+        ):
+            given = getattr(self, name)
+            if given is not None:
+                array = self._array(name, given, kinds, len(shape))
+                self._require(array.shape == shape, f"{name} must have the shape {shape}, not {array.shape}")
+                put(self, name, np.ascontiguousarray(array, dtype))
 
     def _require(self, condition: bool, reason: str) -> None:
         if not condition:
@@ -123,13 +156,23 @@ class Trace:
         """Experts chosen per token and layer."""
         return int(self.ids.shape[2])
 
+    def misses(self) -> npt.NDArray[np.int64]:
+        """int64 [tokens, layers]: chosen experts that were not resident when routed.
+
+        Raises
+        ------
+        TraceError
+            If no residency was recorded.
+        """
+        if self.resident is None:
+            raise TraceError(self.path, "it has no residency: only what shmroute recorded itself has")
+        bits = np.unpackbits(self.resident, axis=2, bitorder="little")
+        present = np.take_along_axis(bits, np.maximum(self.ids, 0), axis=2)
+        missed: npt.NDArray[np.int64] = ((self.ids >= 0) & (present == 0)).sum(axis=2)
+        return missed
+
     def tokens(self, start: int, stop: int) -> Trace:
         """The tokens [start, stop) alone."""
-
-        def cut(array: npt.NDArray[Any] | None) -> Any:
-            return None if array is None else array[start:stop]
-
-        return Trace(
-            self.name, self.path, cut(self.ids), self.num_experts, cut(self.weights), cut(self.logits),
-            cut(self.seq_id), self.meta,
-        )  # fmt: skip
+        arrays = {name: getattr(self, name) for name in PER_TOKEN}
+        cut = {name: array[start:stop] for name, array in arrays.items() if array is not None}
+        return dataclasses.replace(self, **cut)

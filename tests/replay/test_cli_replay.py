@@ -35,13 +35,21 @@ def test_a_table_for_people(trace: Path) -> None:
     assert all(policy in result.stdout for policy in POLICIES)
 
 
+def test_prefetches_have_columns_of_their_own(trace: Path) -> None:
+    assert "AHEAD/TOKEN" not in run(trace, "--policies", "lru").stdout
+    result = run(trace, "--policies", "lru", "--prefetch", "oracle")
+    assert result.exit_code == 0, result.stderr
+    assert "AHEAD/TOKEN" in result.stdout
+
+
 def test_json_for_programs(trace: Path) -> None:
     result = run(trace, trace, "--json", "--policies", "lru,belady", "--tokens", "10", "--slots", "24")
     found = json.loads(result.stdout)
     assert [one["tokens"] for one in found["traces"]] == [10, 10]
     assert [one["policy"] for one in found["traces"][0]["results"]] == ["lru", "belady"]
     assert found["traces"][0]["results"][0].keys() == {
-        "policy", "slots", "hit_rate", "on_time", "bytes_per_token", "stall_per_token"
+        "policy", "slots", "hit_rate", "on_time", "bytes_per_token", "stall_per_token", "prefetches_per_token",
+        "prefetch_accuracy",
     }  # fmt: skip
     assert found["traces"][0]["results"][0]["hit_rate"] == found["traces"][1]["results"][1]["hit_rate"]
     assert result.stderr == ""
@@ -73,6 +81,8 @@ def test_budgets_that_cannot_work_well_are_warned_about_with_the_numbers(trace: 
         (("--bandwidth", "0"), "--bandwidth must be above 0"),
         (("--expert-size", "big"), "'big' is no size"),
         (("--compute", "-1"), "--compute must be"),
+        (("--prefetch", "luck"), "--prefetch must be one of none, oracle"),
+        (("--prefetch", "oracle", "--one-by-one"), "leave out --one-by-one"),
         (("--compute", "nan"), "--compute must be"),
     ],
 )
@@ -101,4 +111,5 @@ def test_plots_are_drawn_or_the_missing_package_named(trace: Path, tmp_path: Pat
         assert "pip install 'shmroute[plots]'" in result.stderr
     else:
         assert result.exit_code == 0
-        assert (tmp_path / "plots" / "made.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("made.png", "made-timeline.png"):
+            assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")

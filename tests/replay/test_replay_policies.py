@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.replay.accesses import Accesses, accesses_of
 from shmroute.replay.belady import belady_hits
+from shmroute.replay.prefetching import nothing, oracle
 from shmroute.replay.run import ALL, replay
-from shmroute.replay.serving import hits_of
+from shmroute.replay.serving import on_demand, serve_accesses
 from shmroute.replay.timing import Machine, waiting
 from shmroute.traces import Trace
 
@@ -33,7 +35,12 @@ def made(tokens: int, layers: int, experts: int, k: int, seed: int, stickiness: 
     return Trace("made", "made", ids, experts)
 
 
-def oracle(keys: list[int], slots: int, policy: str) -> list[bool]:
+def hits_of(accesses: Accesses, slots: int, policy: str, observe_every: int = 1) -> npt.NDArray[np.bool_]:
+    """What a policy hits, nothing being asked for ahead."""
+    return serve_accesses(accesses, slots, policy, nothing(accesses), observe_every).hits
+
+
+def textbook(keys: list[int], slots: int, policy: str) -> list[bool]:
     """What LRU, LFU (ties by the last use) and Belady's rule hit, found by looking at everything each time."""
     resident: list[int] = []
     hits = []
@@ -65,14 +72,14 @@ def oracle(keys: list[int], slots: int, policy: str) -> list[bool]:
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_the_pagers_policies_do_what_textbooks_say(policy: str, slots: int, seed: int) -> None:
     accesses = accesses_of(made(30, 3, 6, 2, seed)).one_by_one()
-    assert hits_of(accesses, slots, policy).tolist() == oracle(accesses.keys.tolist(), slots, policy)
+    assert hits_of(accesses, slots, policy).tolist() == textbook(accesses.keys.tolist(), slots, policy)
 
 
 @settings(max_examples=60)
 @given(keys=st.lists(st.integers(0, 7), min_size=1, max_size=60), slots=st.integers(1, 8))
 def test_belady_is_belady(keys: list[int], slots: int) -> None:
     accesses = flat(keys)
-    assert belady_hits(accesses, slots).sum() == sum(oracle(keys, slots, "belady"))
+    assert belady_hits(accesses, slots).sum() == sum(textbook(keys, slots, "belady"))
 
 
 @settings(max_examples=20)
@@ -155,22 +162,91 @@ def test_one_sequence_is_cut_among_the_workers() -> None:
 
 def test_hits_wait_for_nothing_and_lone_misses_for_their_load() -> None:
     accesses = accesses_of(made(5, 2, 4, 1, 2))
-    assert waiting(accesses, np.ones(10, np.bool_), MACHINE) == (1.0, 0.0)
-    on_time, stall = waiting(accesses, np.zeros(10, np.bool_), MACHINE)  # 1 ms each, two a token
+    assert waiting(accesses, on_demand(accesses, np.ones(10, np.bool_)), MACHINE) == (1.0, 0.0)
+    on_time, stall = waiting(accesses, on_demand(accesses, np.zeros(10, np.bool_)), MACHINE)  # 1 ms each, two a token
     assert on_time == 0
     assert stall == pytest.approx(2e-3)
 
 
 def test_a_load_that_ends_while_others_are_computed_is_in_time() -> None:
     trace = Trace("t", "t", np.array([[[0, 1]]], np.int32), 2)
-    hits = np.array([True, False])
-    assert waiting(accesses_of(trace), hits, Machine(1000, 1e6, 2e-3)) == (1.0, 0.0)
-    on_time, stall = waiting(accesses_of(trace), hits, Machine(1000, 1e6, 1e-3))
+    served = on_demand(accesses_of(trace), np.array([True, False]))
+    assert waiting(accesses_of(trace), served, Machine(1000, 1e6, 2e-3)) == (1.0, 0.0)
+    on_time, stall = waiting(accesses_of(trace), served, Machine(1000, 1e6, 1e-3))
     assert (on_time, stall) == (0.5, pytest.approx(0.5e-3))
 
 
 def test_workers_share_the_channel_of_loads() -> None:
     ids = np.array([[[0]], [[1]]], np.int32)
     accesses = accesses_of(Trace("t", "t", ids, 2, seq_id=np.array([0, 1])), 2)
-    on_time, stall = waiting(accesses, np.zeros(2, np.bool_), MACHINE)
+    on_time, stall = waiting(accesses, on_demand(accesses, np.zeros(2, np.bool_)), MACHINE)
     assert (on_time, stall) == (0.0, pytest.approx((1e-3 + 2e-3) / 2))
+
+
+# ------------------------------------------------------------------ ahead of demand
+
+
+def test_the_oracle_asks_for_what_its_worker_wants_next() -> None:
+    accesses = accesses_of(made(12, 3, 8, 2, 9), 2)
+    asked = oracle(accesses)
+    for worker in range(2):
+        steps = np.flatnonzero(accesses.workers == worker)
+        wanted = [accesses.keys[accesses.starts[s] : accesses.starts[s + 1]].tolist() for s in steps]
+        assert asked[steps].tolist() == [*wanted[1:], [-1, -1]]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_room_and_foresight_only_the_first_layer_is_missed(policy: str) -> None:
+    accesses = accesses_of(made(60, 4, 8, 2, 5))
+    served = serve_accesses(accesses, 32, policy, oracle(accesses))
+    assert np.flatnonzero(~served.hits).tolist() == [0, 1]
+    assert served.useful == served.loads[:, 2].sum() == len(np.unique(accesses.keys)) - 2
+
+
+def test_prefetches_are_loads_and_what_is_never_wanted_is_of_no_use() -> None:
+    accesses = flat([0, 1, 2, 0])
+    proposals = np.array([[5], [6], [-1], [7]])
+    served = serve_accesses(accesses, 8, "lru", proposals)
+    assert served.loads.tolist() == [[0, 0, 0], [0, 5, 1], [1, 1, 0], [1, 6, 1], [2, 2, 0], [3, 7, 1]]
+    assert served.useful == 0
+    assert served.hits.tolist() == [False, False, False, True]
+
+
+def test_a_prefetch_takes_the_slot_that_the_policy_gives_up() -> None:
+    accesses = flat([0, 1, 0, 2, 1])
+    proposals = np.array([[-1], [-1], [2], [-1], [-1]])
+    served = serve_accesses(accesses, 2, "lru", proposals)  # 2 takes the slot of 1, then 1 is missed
+    assert served.hits.tolist() == [False, False, True, True, False]
+    assert served.useful == 1
+
+
+def timed(proposals: list[list[int]], keys: list[int], compute: float) -> tuple[float, float]:
+    """How a lone worker fares; a load takes 1 ms."""
+    accesses = flat(keys)
+    served = serve_accesses(accesses, 8, "lru", np.array(proposals))
+    return waiting(accesses, served, Machine(1000, 1e6, compute))
+
+
+def test_a_prefetch_uses_the_time_in_which_others_are_computed() -> None:
+    nothing_ahead = timed([[-1]] * 3, [0, 0, 1], 2e-3)
+    assert nothing_ahead == (pytest.approx(1 / 3), pytest.approx(2e-3 / 3))
+    assert timed([[1], [-1], [-1]], [0, 0, 1], 2e-3) == (pytest.approx(2 / 3), pytest.approx(1e-3 / 3))
+
+
+def test_demand_goes_before_what_is_only_queued_and_pulls_what_it_wants_out_of_the_queue() -> None:
+    # 7, 6 and 1 are asked for ahead at 0, and 0 is loaded until 1 ms. Demand of 1 comes at 1.1 ms, when 0 is done: it
+    # waits for 7, which is under way until 2 ms, and overtakes 6.
+    on_time, stall = timed([[7, 6, 1], [-1, -1, -1]], [0, 1], 1e-4)
+    assert (on_time, stall) == (0.0, pytest.approx((1e-3 + 1.9e-3) / 2))
+
+
+def test_foresight_loads_as_much_and_waits_less() -> None:
+    trace = made(200, 6, 16, 2, 11)
+    (without,) = replay(trace, [48], ["lru"], MACHINE)
+    (with_it,) = replay(trace, [48], ["lru"], MACHINE, prefetcher=oracle)
+    assert with_it.on_time > without.on_time
+    assert with_it.stall_per_token < without.stall_per_token
+    assert without.prefetches_per_token == 0
+    assert without.prefetch_accuracy is None
+    assert with_it.prefetch_accuracy is not None
+    assert with_it.prefetch_accuracy > 0.9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
 from pathlib import Path
@@ -119,7 +121,7 @@ def test_a_file_must_be_there_and_bear_a_known_name(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no such file"):
         open_trace(tmp_path / "t.npz")
     (tmp_path / "d.npz").mkdir()
-    with pytest.raises(TraceError, match="directory"):
+    with pytest.raises(TraceError, match="holds no recording"):
         open_trace(tmp_path / "d.npz")
     with pytest.raises(TraceError, match="ends in"):
         open_trace(tmp_path / "t.pkl")
@@ -144,9 +146,51 @@ def test_a_vllm_response(tmp_path: Path) -> None:
     np.testing.assert_array_equal(trace.seq_id, [0, 0, 1])
 
 
+def in_base64(ids: Any) -> str:
+    """As `numpy_to_base64` of vLLM 0.22 has it."""
+    buffer = io.BytesIO()
+    np.save(buffer, ids, allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_vllm_response_of_0_22_has_the_prompt_in_each_choice(tmp_path: Path, dtype: Any) -> None:
+    path = tmp_path / "r.json"
+    ids = np.where(IDS < 0, 4, IDS).astype(dtype)
+    other = ids[[0, 2, 1]]
+    choices = [{"index": i, "text": "", "routed_experts": in_base64(one)} for i, one in enumerate((ids, other))]
+    choices.append({"index": 2, "text": "", "routed_experts": None})
+    path.write_text(json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 6}}))
+    trace = open_trace(path, EXPERTS)
+    np.testing.assert_array_equal(trace.ids, np.concatenate([ids, other[1:]]))
+    np.testing.assert_array_equal(trace.seq_id, [0, 0, 0, 1, 1])
+
+
+def test_choices_of_different_prompts_keep_all_their_rows(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    ids = np.where(IDS < 0, 4, IDS)
+    choices = [{"routed_experts": in_base64(one)} for one in (ids, ids[::-1])]
+    path.write_text(json.dumps({"choices": choices, "usage": {"prompt_tokens": 2}}))
+    np.testing.assert_array_equal(open_trace(path, EXPERTS).ids, np.concatenate([ids, ids[::-1]]))
+
+
+def test_vllm_layers_without_experts_are_left_out(tmp_path: Path) -> None:
+    ids = np.where(IDS < 0, 4, IDS)
+    with_dense = np.zeros((3, 4, 2), np.uint8)
+    with_dense[:, [1, 3]] = ids
+    np.save(tmp_path / "r.npy", with_dense)
+    trace = open_trace(tmp_path / "r.npy", EXPERTS)
+    np.testing.assert_array_equal(trace.ids, ids)
+    assert trace.meta["layer_numbers"] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("response", "complaint"),
     [
+        ({"choices": [{"routed_experts": None}]}, "all null or empty"),
+        ({"choices": [{"routed_experts": "no base64"}]}, "npy file in base64"),
+        ({"choices": [{"routed_experts": base64.b64encode(b"no npy").decode()}]}, "npy file in base64"),
+        ({"choices": [{"routed_experts": in_base64(np.zeros((2, 2, 2)))}]}, "must be integers"),
         ([], "no list 'choices'"),
         ({"choices": [{"text": "a"}]}, "--enable-return-routed-experts"),
         ({"choices": [{"routed_experts": [[1, 2]]}]}, "nested lists"),
@@ -181,6 +225,26 @@ def test_a_megatron_trace(tmp_path: Path) -> None:
     assert trace.meta["layer_numbers"] == [3, 5]
 
 
+def test_micro_batches_of_a_training_step_come_one_after_the_other(tmp_path: Path) -> None:
+    ids = np.where(IDS < 0, 4, IDS)
+    lines = [megatron(0, layer, ids[[token], layer].tolist()) for token in (0, 1, 2) for layer in (0, 1)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    np.testing.assert_array_equal(open_trace(tmp_path / "r.jsonl", EXPERTS).ids, ids)
+
+
+def test_a_last_step_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    ids = np.where(IDS < 0, 4, IDS)
+    lines = [megatron(step, layer, ids[[step], layer].tolist()) for step in (0, 1) for layer in (0, 1)]
+    (tmp_path / "r.jsonl").write_text("\n".join([*lines, megatron(2, 0, [[1, 2]])]))
+    np.testing.assert_array_equal(open_trace(tmp_path / "r.jsonl", EXPERTS).ids, ids[:2])
+
+
+def test_a_record_of_the_tracers_first_version(tmp_path: Path) -> None:
+    record = {"step": 0, "layer": 3, "rank": 0, "num_tokens": 1, "topk": 2, "top_indices": [[0, 4]]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record))
+    assert open_trace(tmp_path / "r.jsonl", EXPERTS).ids.tolist() == [[[0, 4]]]
+
+
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
@@ -188,8 +252,7 @@ def test_a_megatron_trace(tmp_path: Path) -> None:
         (["{}"], "line 1 is no record"),
         ([megatron(0, 0, [[1, 2]], topk=3)], "'topk' is 3"),
         ([megatron(0, 0, [1, 2])], "integers \\[tokens\\]\\[topk\\]"),
-        ([megatron(0, 0, [[1, 2]]), megatron(0, 0, [[1, 2]])], "twice"),
-        ([megatron(0, 0, [[1, 2]]), megatron(0, 1, [[1, 2]]), megatron(1, 0, [[1, 2]])], "step 1 has the layers"),
+        ([megatron(0, 0, [[1, 2]]), megatron(1, 0, [[1, 2]]), megatron(1, 1, [[1, 2]])], "step 0 has the layers"),
         ([megatron(0, 0, [[1, 2]]), megatron(0, 1, [[1, 2], [0, 1]])], "step 0 has"),
         ([megatron(0, 0, [[1, 2]], stage="post")], "no record of stage"),
     ],

@@ -8,9 +8,10 @@ from .lanes import LANES
 from .leases import LEASES
 from .lifecycle import LIFECYCLE
 from .metrics import METRICS
+from .recording import RECORDING
 from .ring import RING
 from .spread import SPREAD
 from .takeover import TAKEOVER
 
-MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + SPREAD
+MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + RECORDING + SPREAD
 """Every mutant."""

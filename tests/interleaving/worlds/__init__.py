@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring, spread
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, recording, ring, spread
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -25,6 +25,7 @@ WORLDS: dict[str, type[World]] = {
     "lanes-inherited": lanes.LanesInherited,
     "metrics-handed-over": metrics.MetricsHandedOver,
     "metrics": metrics.Metrics,
+    "recording": recording.Recording,
     "creation": lifecycle.Creation,
     "removal": lifecycle.Removal,
     "reclaiming": lifecycle.Reclaiming,
