@@ -110,10 +110,11 @@ class Attachment:
         self._in_use: dict[int, int] = {}
         self._closed: str | None = None
         self._before_close: list[Callable[[], None]] = []
+        self._late_records: dict[int, Callable[[], None]] = {}
         self._source: ExpertSource | None = None
         self._source_mutex = threading.Lock()
         self._shared: dict[Any, Any] = {}
-        self._shared_mutex = threading.Lock()
+        self._shared_mutex = threading.RLock()  # what is made may need something else that is shared
 
     # ---------------------------------------------------------- use
 
@@ -162,6 +163,16 @@ class Attachment:
         with self._mutex:
             self.check_open()
             self._before_close.append(action)
+
+    def records_late(self, layer: int, action: Callable[[], None]) -> None:
+        """Have `action` run before this process reads a layer's affinity: it records what was put off."""
+        self._late_records[layer] = action
+
+    def record_pending(self, layer: int) -> None:
+        """Record what this process routed in a layer and put off."""
+        action = self._late_records.get(layer)
+        if action is not None:
+            action()
 
     # ---------------------------------------------------------- lane
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import types
 
 from shmroute.routing.selection import scratch_length
-from shmroute.shared.atomic import WORD, cas, forget_views, load
-from shmroute.shared.kernel import kernel
+from shmroute.shared.atomic import WORD, forget_views
 from shmroute.shared.layout import (
     HEADER_BELL,
     LANE_CURSOR,
@@ -36,8 +34,8 @@ TIMED: Final = 5
 LAYER: Final = 6
 LANE: Final = 7
 CLOCK: Final = 8
-AFFINITY: Final = 9
-ACTIVATIONS: Final = 10
+USES: Final = 9
+READ: Final = 10  # int64 [E], the affinity words that a batch starts from
 EXPERTS: Final = 11
 FAILURES: Final = 12
 RESIDENT: Final = 13
@@ -74,19 +72,45 @@ FLOAT32: Final = 41
 INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
-PLAN_WORDS: Final = 45
+# For publication; see `shmroute.routing.publication`.
+SEEN: Final = 45  # int64 [2]: LEFT and SHARED of the layer, for both plans of its router
+LATEST: Final = 46  # int64 [1]: address of the plan that routed last in this process, 0 before
+MOST_PENDING: Final = 47  # tokens that are put off at most; 0: none ever
+PENDING_TOKENS: Final = 48  # put off
+PENDING: Final = 49  # int32 [MOST_PENDING, k], their experts
+AT_ONCE: Final = 50  # written by a call: whether it publishes its tokens
+PLAN_WORDS: Final = 51
+
+# Of `SEEN`.
+LEFT: Final = 0  # the clock as this process left it, NEVER before
+SHARED: Final = 1  # 1 if somebody else had moved it when this process last did
+NEVER: Final = -1
+
+TOKENS_PUT_OFF: Final = 32
+"""The `MOST_PENDING` of every plan."""
 
 IDLE: Final = 0
 IN_USE: Final = 1
 CLOSED: Final = 2
 
 
-@kernel(types.void(types.int64))
-def close_plan(plan: int) -> None:
-    """Wait until a plan is idle and close it."""
-    while not cas(plan + STATUS * WORD, IDLE, CLOSED):
-        if load(plan + STATUS * WORD) == CLOSED:
-            return
+class Turns:
+    """What the plans of a process know together: who routed last, and how each layer's clock was left.
+
+    Parameters
+    ----------
+    num_layers : int
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._latest = np.zeros(1, np.int64)
+        self._seen = np.zeros((num_layers, 2), np.int64)
+        self._seen[:, LEFT] = NEVER
+        self.latest: int = self._latest.ctypes.data
+
+    def seen(self, layer: int) -> int:
+        """Address of a layer's `SEEN`."""
+        return int(self._seen[layer].ctypes.data)
 
 
 class Plan:
@@ -98,9 +122,11 @@ class Plan:
     layer, lane : int
     powers : int
         Address of the affinity's power table, which outlives the plan.
+    turns : Turns
+        Of the process.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int) -> None:
+    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, turns: Turns) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []
@@ -116,12 +142,11 @@ class Plan:
         words[LAYER], words[LANE] = layer, lane
         words[CLOCK] = base + layout.clock + layer * LINE
         for word, region in (
-            (AFFINITY, layout.affinity),
-            (ACTIVATIONS, layout.activations),
             (EXPERTS, layout.experts),
             (FAILURES, layout.failures),
         ):
             words[word] = base + layout.row(region, layer)
+        words[USES] = base + layout.use_row(layer)
         words[RESIDENT] = base + layout.resident + layer * layout.resident_row_bytes
         words[BONUS] = base + layout.bonus + layer * LINE
         words[RING], words[RING_BITS] = base + layout.ring, layout.ring_bits
@@ -142,19 +167,23 @@ class Plan:
             (MAPS, 2 * experts, np.float64),
             (TIMES, experts + 1, np.int64),
             (TOUCHED, experts + 1, np.int64),
+            (READ, experts, np.int64),
+            (PENDING, TOKENS_PUT_OFF * k, np.int32),
             (QUEUED, experts, np.int64),
         ):
             words[word] = self._block(count, dtype).ctypes.data
         self.queued = self._scratch[-1]
+        words[MOST_PENDING] = TOKENS_PUT_OFF
+        words[LATEST], words[SEEN] = turns.latest, turns.seen(layer)
+        self._turns = turns
 
     def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
         block = np.zeros(count, dtype)
         self._scratch.append(block)
         return block
 
-    def close(self) -> None:
-        """Wait for the call under way, if any, and refuse all further ones."""
-        close_plan(self.address)
+    def forget(self) -> None:
+        """Let go of what interpreted kernels keep of a closed plan."""
         forget_views(self.address, self.words.nbytes)
 
     def abandon(self) -> None:

@@ -2,7 +2,8 @@
 
 In two passes. The first only reads shared memory: it takes one residency snapshot for the whole call (INV-6), chooses
 and weighs the experts of every token, and refuses the whole batch if a token cannot be routed. The second records:
-clock, affinity (one CAS per expert touched), activations, metrics, and requests for what is missing.
+requests for what is missing, metrics, and, at once or later (`shmroute.routing.publication`), clock, affinity (one CAS
+per expert touched) and activations.
 
 The bonus is for choosing only. A constant added to every resident expert cannot change a choice whose experts are all
 resident, so the second selection runs only for tokens that miss; it also tells which choices the bonus changed.
@@ -20,31 +21,15 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.routing import plan as p
+from shmroute.routing.publication import fetch_lines, forget_touched, publish, take_turn, touch
 from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
-from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
-from shmroute.shared.affinity import (
-    NO_CLAMP,
-    activate,
-    advance_clock,
-    count_activation,
-    crosses_restamp,
-    decay_power,
-    restamp,
-)
-from shmroute.shared.atomic import (
-    WORD,
-    cas,
-    f64_array,
-    fetch_add,
-    i64_array,
-    load,
-    store,
-)
+from shmroute.routing.vectors import id_at, put_id
+from shmroute.shared.atomic import WORD, cas, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
 from shmroute.shared.experts import QUEUE
-from shmroute.shared.kernel import inlined, inner, kernel
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
@@ -70,22 +55,6 @@ def _take_snapshot(bitmap: int, snapshot_at: int, num_experts: int) -> int:
     return resident
 
 
-@inlined
-def _touch(times_at: int, touched_at: int, count: int, expert: int) -> int:
-    """Count a choice; how many experts have been chosen by now."""
-    times = word_at(times_at + expert * WORD)
-    put_word(touched_at + count * WORD, expert)
-    put_word(times_at + expert * WORD, times + 1)
-    return count + int(times == 0)
-
-
-@inner
-def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
-    """Leave no expert counted, for a batch that is refused."""
-    for i in range(count):
-        put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
-
-
 @inner
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
@@ -104,7 +73,7 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
-            _forget_touched(words, touched)
+            forget_touched(words, touched)
             return NOT_FINITE
         nonfinite += num_experts - finite
         present = count_resident(snapshot_at, chosen_at, k)
@@ -117,7 +86,9 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         for rank in range(k):
             expert = id_at(chosen_at + rank * ID)
             put_id(experts_at + (token * k + rank) * ID, expert)
-            touched = _touch(times_at, touched_at, touched, expert)
+            touched = touch(times_at, touched_at, touched, expert)
+    if words[p.AT_ONCE] == 1:
+        fetch_lines(words, touched)  # they come while the weights are computed
     # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
     for token in range(tokens):
         row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
@@ -125,54 +96,6 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     words[p.HITS], words[p.CHANGED], words[p.NOT_FINITE_LOGITS] = hits, changed, nonfinite
     words[p.TOUCHED_COUNT] = touched
     return 0
-
-
-@inner
-def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
-    """Compose each touched expert's map over the batch, from the last token back.
-
-    Backwards, all activations of one token share one power of the decay. An activation at a tick with r ticks after it
-    adds ``boost d^r`` to the batch's worth b; its clamp lets pass no more than ``max_score d^r`` and what later
-    activations add.
-    """
-    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    parameters = f64_array(words[p.PARAMETERS], 2)
-    boost, max_score = parameters[0], parameters[1]
-    maps_at, touched_at = words[p.MAPS], words[p.TOUCHED]
-    for i in range(words[p.TOUCHED_COUNT]):
-        map_at = maps_at + word_at(touched_at + i * WORD) * 2 * WORD
-        put_score(map_at, 0.0)
-        put_score(map_at + WORD, NO_CLAMP)
-    for token in range(tokens - 1, -1, -1):
-        power = decay_power(words[p.POWERS], tokens - 1 - token)
-        for rank in range(k):
-            expert = id_at(experts_at + (token * k + rank) * ID)
-            if expert < 0 or expert >= num_experts:
-                continue  # the caller's array changed under this call: two threads share it, or it overlaps `weights`
-            map_at = maps_at + expert * 2 * WORD
-            later = score_at(map_at)
-            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))
-            put_score(map_at, power * boost + later)
-
-
-@inner
-def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
-    """Compose each touched expert's map over the batch and apply it."""
-    table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], 2)[1]
-    _compose_maps(words, experts_at, tokens)
-    start = advance_clock(words[p.CLOCK], tokens)
-    end = start + tokens
-    for i in range(words[p.TOUCHED_COUNT]):
-        expert = word_at(words[p.TOUCHED] + i * WORD)
-        map_at, times_at = words[p.MAPS] + expert * 2 * WORD, words[p.TIMES] + expert * WORD
-        activate(
-            words[p.AFFINITY] + expert * WORD, words[p.CLOCK], table, start, end,
-            score_at(map_at), score_at(map_at + WORD), max_score,
-        )  # fmt: skip
-        count_activation(words[p.ACTIVATIONS] + expert * WORD, word_at(times_at))
-        put_word(times_at, 0)
-    if crosses_restamp(start, tokens):
-        restamp(words[p.AFFINITY], words[p.CLOCK], table, words[p.NUM_EXPERTS])
 
 
 @inner
@@ -201,7 +124,6 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
 def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     """Second pass: what `route` returns."""
     counters, misses = words[p.COUNTERS], tokens * words[p.TOP_K] - words[p.HITS]
-    _record_affinity(words, experts_at, tokens)
     code: int = misses
     if misses > 0:
         words[p.QUEUED_COUNT] = _request_missing(words)
@@ -210,6 +132,7 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
             words[p.BELL_WORD] = heard(words[p.BELL], 0)
             if words[p.BELL_WORD] != 0:
                 code = misses | RING_BELL
+    publish(words, experts_at, tokens)
     store(words[p.CURSOR], words[p.LAYER])
     fetch_add(counters + LaneCounter.CALLS * WORD, 1)
     fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)
@@ -240,6 +163,7 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     words[p.QUEUED_COUNT] = 0
     code = 0
     if tokens > 0:
+        take_turn(words, plan, tokens)
         code = _choose(words, logits_at, experts_at, weights_at, tokens)
         if code == 0:
             code = _record(words, experts_at, tokens)
