@@ -154,6 +154,7 @@ class Attachment:
         self._use = _Use(self)
         self.closed: str | None = None
         self._before_close: list[Callable[[], None]] = []
+        self._late_records: dict[int, Callable[[], None]] = {}
         self._source: ExpertSource | None = None
         self._source_mutex = threading.Lock()
         self._shared: dict[Any, Any] = {}
@@ -189,6 +190,16 @@ class Attachment:
         with self._mutex:
             self.check_open()
             self._before_close.append(action)
+
+    def records_late(self, layer: int, action: Callable[[], None]) -> None:
+        """Have `action` run before this process reads a layer's affinity: it records what was put off."""
+        self._late_records[layer] = action
+
+    def record_pending(self, layer: int) -> None:
+        """Record what this process routed in a layer and put off."""
+        action = self._late_records.get(layer)
+        if action is not None:
+            action()
 
     # ---------------------------------------------------------- lane
 

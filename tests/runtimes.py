@@ -125,7 +125,7 @@ def start_clock(runtime: Runtime, layer: int, tick: int, scores: Iterable[float]
     values = list(scores) if scores is not None else [0.0] * segment.config.num_experts
     for expert, value in enumerate(values):
         word = pack_affinity(tick & 0xFFFFFFFF, round(value * 0xFFFFFFFF))
-        segment.write(layout.row(layout.affinity, layer) + expert * WORD, word)
+        segment.write(layout.affinity(layer, expert), word)
 
 
 def clock_of(runtime: Runtime, layer: int = 0) -> int:

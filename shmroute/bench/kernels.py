@@ -17,13 +17,14 @@ import numpy as np
 from numba import types
 
 from shmroute.routing import plan as p
-from shmroute.routing.plan import Plan
+from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.route import _choose
 from shmroute.runtime import Runtime
 from shmroute.shared.affinity import current_score
 from shmroute.shared.atomic import WORD, cas, f32_array, i32_array, i64_array, load
 from shmroute.shared.bell import heard
 from shmroute.shared.kernel import _StampedCache, inner, signals_held
+from shmroute.shared.layout import USE_AFFINITY, USE_BYTES
 from shmroute.shared.ring import pop, push
 from shmroute.shared.words import SCORE_ONE, low32
 
@@ -88,7 +89,7 @@ class PrivatePlan:
     def __init__(self, runtime: Runtime) -> None:
         attachment = runtime._attachment
         segment = attachment.segment
-        self._plan = Plan(segment, 0, attachment.lane().number, attachment.powers.ctypes.data)
+        self._plan = Plan(segment, 0, attachment.lane().number, attachment.powers.ctypes.data, Turns(1))
         self._resident = np.zeros((segment.config.num_experts + 63) >> 6, np.int64)
         self._plan.words[p.RESIDENT] = self._resident.ctypes.data
         self._plan.words[p.MEMORY_AWARE] = 0
@@ -114,7 +115,7 @@ def _decay_all(plan: int, experts_at: int, tokens: int) -> None:
             for rank in range(k):
                 if experts[token * k + rank] == expert:
                     boost = 1.0
-            address = words[p.AFFINITY] + expert * WORD
+            address = words[p.USES] + expert * USE_BYTES + USE_AFFINITY
             while True:
                 word = load(address)
                 score = min(low32(word) / SCORE_ONE * 0.99 + boost, 1.0)
@@ -240,7 +241,7 @@ def snapshot_affinity(row: int, clock: int, table: int, num_experts: int, out: i
     total = 0.0
     for _ in range(count):
         for expert in range(num_experts):
-            scores[expert] = current_score(row + expert * WORD, clock, table)
+            scores[expert] = current_score(row + expert * USE_BYTES, clock, table)
         total += scores[0]
     return total
 
@@ -248,11 +249,11 @@ def snapshot_affinity(row: int, clock: int, table: int, num_experts: int, out: i
 @on_demand(types.float64(_I, _I, _I, _I))
 def copy_words(row: int, num_experts: int, out: int, count: int) -> float:
     """`count` plain copies of as many words, turned into float32 at `out`: no clock, no decay, nothing atomic."""
-    words = i64_array(row, num_experts)
+    words = i64_array(row, num_experts * (USE_BYTES // WORD))
     scores = f32_array(out, num_experts)
     total = 0.0
     for _ in range(count):
         for expert in range(num_experts):
-            scores[expert] = (words[expert] & 0xFFFFFFFF) / SCORE_ONE
+            scores[expert] = (words[expert * (USE_BYTES // WORD)] & 0xFFFFFFFF) / SCORE_ONE
         total += scores[0]
     return total

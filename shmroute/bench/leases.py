@@ -116,7 +116,7 @@ def _locking(lock: object) -> Callable[[int], None]:
 
 def _affinity(bench: Bench, runtime: Runtime) -> Table:
     segment, seconds = segment_of(runtime), bench.scale.loop_seconds
-    row = segment.address + segment.layout.row(segment.layout.affinity, 0)
+    row = segment.address + segment.layout.use_row(0)
     clock = segment.address + segment.layout.clock + 0 * LINE
     powers = runtime._attachment.powers.ctypes.data
     snapshot, copy = kernels.snapshot_affinity.compiled(), kernels.copy_words.compiled()

@@ -14,15 +14,15 @@ from numba import types
 from shmroute.shared.affinity import current_score
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load
 from shmroute.shared.kernel import kernel
-from shmroute.shared.layout import LINE
+from shmroute.shared.layout import LINE, USE_AFFINITY, USE_BYTES
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import ABSENT, expert_state
 
 LOWEST_WORTH = 1e-3
 """Affinities under this are noise: nobody used the expert of late."""
 
-_EXPERTS, _AFFINITY, _CLOCK, _ROW_BYTES, _NUM_LAYERS, _NUM_EXPERTS, _POWERS, _SEEN = range(8)
-_TABLE_WORDS = 8
+_EXPERTS, _USES, _CLOCK, _ROW_BYTES, _USE_ROW_BYTES, _NUM_LAYERS, _NUM_EXPERTS, _POWERS, _SEEN = range(9)
+_TABLE_WORDS = 9
 
 
 @kernel(types.int64(types.int64, types.int64, types.int64, types.int64))
@@ -50,7 +50,8 @@ def find_candidates(table: int, keys: int, scores: int, count: int) -> int:
             offset = layer * words[_ROW_BYTES] + expert * WORD
             if expert_state(load(words[_EXPERTS] + offset)) != ABSENT:
                 continue
-            score = current_score(words[_AFFINITY] + offset, clock_address, words[_POWERS])
+            use = words[_USES] + layer * words[_USE_ROW_BYTES] + expert * USE_BYTES
+            score = current_score(use + USE_AFFINITY, clock_address, words[_POWERS])
             if score < LOWEST_WORTH or (found == count and score <= worth[count - 1]):
                 continue
             if found < count:
@@ -82,7 +83,7 @@ class AffinityPrefetch:
         self._scores = np.zeros(max(self.budget, 1), np.float64)
         self._table = np.zeros(_TABLE_WORDS, np.int64)
         self._table[:] = (
-            base + layout.experts, base + layout.affinity, base + layout.clock, layout.row_bytes,
+            base + layout.experts, base + layout.uses, base + layout.clock, layout.row_bytes, layout.use_row_bytes,
             config.num_layers, config.num_experts, powers.ctypes.data, self._seen.ctypes.data,
         )  # fmt: skip
 

@@ -18,7 +18,8 @@ from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.errors import TraceError
 from shmroute.replay.memory import PrivateTables
 from shmroute.routing import plan as p
-from shmroute.routing.plan import Plan
+from shmroute.routing.plan import Plan, Turns
+from shmroute.routing.publication import publish_and_leave
 from shmroute.routing.route import route
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, i64_array, store
@@ -116,7 +117,9 @@ def verify(trace: Trace) -> Verification:
     bitmaps[:, :, : trace.resident.shape[2]] = trace.resident
     for layer in range(layers):
         rows = np.flatnonzero(recorded[:, layer])
-        plan = Plan(cast(Any, tables), layer, 0, powers.ctypes.data)  # all that a plan needs of a segment
+        plan = Plan(
+            cast(Any, tables), layer, 0, powers.ctypes.data, Turns(layers)
+        )  # all that a plan needs of a segment
         again, weighed = np.zeros((len(rows), k), np.int32), np.zeros((len(rows), k), np.float32)
         routed = choose_again(
             plan.address, np.ascontiguousarray(trace.logits[rows, layer]),
@@ -124,7 +127,8 @@ def verify(trace: Trace) -> Verification:
             np.array([pack_bonus(value) for value in trace.strength[rows, layer].tolist()], np.int64),
             again, weighed,
         )  # fmt: skip
-        plan.close()
+        publish_and_leave(plan.address, p.CLOSED)
+        plan.forget()
         if routed < len(rows):
             raise TraceError(
                 trace.path, f"token {rows[routed]} of layer {layer} cannot be routed: fewer than {k} finite logits"

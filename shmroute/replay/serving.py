@@ -22,7 +22,7 @@ from shmroute.replay.memory import PrivateTables
 from shmroute.shared.affinity import activate, advance_clock, count_activation, power_table
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load, store
 from shmroute.shared.kernel import inner, kernel, load_kernels
-from shmroute.shared.layout import LANE_CURSOR, LINE
+from shmroute.shared.layout import LANE_CURSOR, LINE, USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.words import ABSENT, RESIDENT, expert_slot, expert_state, pack_expert
 
 _ARRAY = types.int64[::1]
@@ -120,9 +120,9 @@ def serve(
         clock = words[t.CLOCK] + layer * LINE
         start = advance_clock(clock, 1)
         for i in range(starts[step], starts[step + 1]):
-            offset = layer * row_bytes + keys[i] % experts * WORD
-            activate(words[t.AFFINITY] + offset, clock, words[t.POWERS], start, start + 1, boost, 1.0, 1.0)
-            count_activation(words[t.ACTIVATIONS] + offset, 1)
+            use = words[t.USES] + layer * words[t.USE_ROW_BYTES] + keys[i] % experts * USE_BYTES
+            activate(use + USE_AFFINITY, clock, words[t.POWERS], start, start + 1, boost, 1.0, 1.0)
+            count_activation(use + USE_ACTIVATIONS, 1)
         store(words[t.LANES] + workers[step] * words[t.LANE_BYTES] + LANE_CURSOR, layer)
         if step % observe_every == 0:
             observe_history(table)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import types
 
 from shmroute.config import GROUP_SCORES, RULES, SCORINGS
 from shmroute.routing.selection import scratch_length
-from shmroute.shared.atomic import WORD, cas, forget_views, load
-from shmroute.shared.kernel import kernel
+from shmroute.shared.atomic import WORD, forget_views
 from shmroute.shared.layout import (
     BONUS_SPREAD,
     HEADER_BELL,
@@ -38,8 +36,8 @@ TIMED: Final = 5
 LAYER: Final = 6
 LANE: Final = 7
 CLOCK: Final = 8
-AFFINITY: Final = 9
-ACTIVATIONS: Final = 10
+USES: Final = 9
+READ: Final = 10  # int64 [E], the affinity words that a batch starts from
 EXPERTS: Final = 11
 FAILURES: Final = 12
 RESIDENT: Final = 13
@@ -101,7 +99,14 @@ LOST_MASS: Final = 64  # probability that changed choices lost, in units of 1 / 
 # For recording; see `shmroute.recording`.
 TRACE: Final = 65  # address of the recorder's words; 0: nothing is recorded
 START: Final = 66  # written by a call: the layer's clock at its first token
-PLAN_WORDS: Final = 67
+# For publication; see `shmroute.routing.publication`.
+SEEN: Final = 67  # int64 [2]: LEFT and SHARED of the layer, for both plans of its router
+LATEST: Final = 68  # int64 [1]: address of the plan that routed last in this process, 0 before
+MOST_PENDING: Final = 69  # tokens that are put off at most; 0: none ever
+PENDING_TOKENS: Final = 70  # put off
+PENDING: Final = 71  # int32 [MOST_PENDING, k], their experts
+AT_ONCE: Final = 72  # written by a call: whether it publishes its tokens
+PLAN_WORDS: Final = 73
 
 # Float64 at PARAMETERS.
 BOOST: Final = 0
@@ -110,17 +115,36 @@ SCALING: Final = 2
 SPREAD_SUM: Final = 3  # of the tokens of a call
 PARAMETER_COUNT: Final = 4
 
+# Of `SEEN`.
+LEFT: Final = 0  # the clock as this process left it, NEVER before
+SHARED: Final = 1  # 1 if somebody else had moved it when this process last did
+NEVER: Final = -1
+
+TOKENS_PUT_OFF: Final = 32
+"""The `MOST_PENDING` of every plan."""
+
 IDLE: Final = 0
 IN_USE: Final = 1
 CLOSED: Final = 2
 
 
-@kernel(types.void(types.int64))
-def close_plan(plan: int) -> None:
-    """Wait until a plan is idle and close it."""
-    while not cas(plan + STATUS * WORD, IDLE, CLOSED):
-        if load(plan + STATUS * WORD) == CLOSED:
-            return
+class Turns:
+    """What the plans of a process know together: who routed last, and how each layer's clock was left.
+
+    Parameters
+    ----------
+    num_layers : int
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._latest = np.zeros(1, np.int64)
+        self._seen = np.zeros((num_layers, 2), np.int64)
+        self._seen[:, LEFT] = NEVER
+        self.latest: int = self._latest.ctypes.data
+
+    def seen(self, layer: int) -> int:
+        """Address of a layer's `SEEN`."""
+        return int(self._seen[layer].ctypes.data)
 
 
 class Plan:
@@ -132,9 +156,11 @@ class Plan:
     layer, lane : int
     powers : int
         Address of the affinity's power table, which outlives the plan.
+    turns : Turns
+        Of the process.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int) -> None:
+    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, turns: Turns) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []
@@ -157,12 +183,11 @@ class Plan:
         words[LAYER], words[LANE] = layer, lane
         words[CLOCK] = base + layout.clock + layer * LINE
         for word, region in (
-            (AFFINITY, layout.affinity),
-            (ACTIVATIONS, layout.activations),
             (EXPERTS, layout.experts),
             (FAILURES, layout.failures),
         ):
             words[word] = base + layout.row(region, layer)
+        words[USES] = base + layout.use_row(layer)
         words[RESIDENT] = base + layout.resident + layer * layout.resident_row_bytes
         words[BONUS] = base + layout.bonus + layer * LINE
         words[RING], words[RING_BITS] = base + layout.ring, layout.ring_bits
@@ -192,10 +217,15 @@ class Plan:
             (MAPS, 2 * experts, np.float64),
             (TIMES, experts + 1, np.int64),
             (TOUCHED, experts + 1, np.int64),
+            (READ, experts, np.int64),
+            (PENDING, TOKENS_PUT_OFF * k, np.int32),
             (QUEUED, experts, np.int64),
         ):
             words[word] = self._block(count, dtype).ctypes.data
         self.queued = self._scratch[-1]
+        words[MOST_PENDING] = TOKENS_PUT_OFF
+        words[LATEST], words[SEEN] = turns.latest, turns.seen(layer)
+        self._turns = turns
 
     def set_correction_bias(self, bias: np.ndarray[Any, Any]) -> None:
         """Choose by another correction bias, float32 [E], from the next call on.
@@ -211,9 +241,8 @@ class Plan:
         self._scratch.append(block)
         return block
 
-    def close(self) -> None:
-        """Wait for the call under way, if any, and refuse all further ones."""
-        close_plan(self.address)
+    def forget(self) -> None:
+        """Let go of what interpreted kernels keep of a closed plan."""
         forget_views(self.address, self.words.nbytes)
 
     def abandon(self) -> None:

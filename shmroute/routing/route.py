@@ -2,7 +2,8 @@
 
 In two passes. The first only reads shared memory: it takes one residency snapshot for the whole call (INV-6), chooses
 and weighs the experts of every token, and refuses the whole batch if a token cannot be routed. The second records:
-clock, affinity (one CAS per expert touched), activations, metrics, and requests for what is missing.
+requests for what is missing, metrics, and, at once or later (`shmroute.routing.publication`), clock, affinity (one CAS
+per expert touched) and activations.
 
 The bonus is for choosing only. Whether it changed a choice is seen without choosing a second time: it did unless the
 chosen expert that is last by its logit has exactly the k - 1 other ones before it. Only then the token's own experts
@@ -23,6 +24,7 @@ from numba import types
 from shmroute.recording.append import append_route
 from shmroute.routing import plan as p
 from shmroute.routing.codes import SIGMOID
+from shmroute.routing.publication import fetch_lines, forget_touched, publish, take_turn, touch
 from shmroute.routing.rules import choose_by_rule
 from shmroute.routing.scoring import model_weights, softmax_weights
 from shmroute.routing.selection import (
@@ -37,25 +39,8 @@ from shmroute.routing.selection import (
 )
 from shmroute.routing.shares import lost_by_one, lost_mass
 from shmroute.routing.spread import give_spread, take_spread
-from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
-from shmroute.shared.affinity import (
-    NO_CLAMP,
-    activate,
-    advance_clock,
-    count_activation,
-    crosses_restamp,
-    decay_power,
-    restamp,
-)
-from shmroute.shared.atomic import (
-    WORD,
-    cas,
-    f64_array,
-    fetch_add,
-    i64_array,
-    load,
-    store,
-)
+from shmroute.routing.vectors import id_at, put_id
+from shmroute.shared.atomic import WORD, cas, f64_array, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
 from shmroute.shared.experts import QUEUE
@@ -83,22 +68,6 @@ def _take_snapshot(bitmap: int, snapshot_at: int, num_experts: int) -> int:
         snapshot[i] = word
         resident += count_bits(word)
     return resident
-
-
-@inlined
-def _touch(times_at: int, touched_at: int, count: int, expert: int) -> int:
-    """Count a choice; how many experts have been chosen by now."""
-    times = word_at(times_at + expert * WORD)
-    put_word(touched_at + count * WORD, expert)
-    put_word(times_at + expert * WORD, times + 1)
-    return count + int(times == 0)
-
-
-@inner
-def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
-    """Leave no expert counted, for a batch that is refused."""
-    for i in range(count):
-        put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
 
 
 @inlined
@@ -174,7 +143,7 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
-            _forget_touched(words, touched)
+            forget_touched(words, touched)
             return NOT_FINITE
         if bonus != 0.0 and not general:
             changed += _count_replaced(words, row_at)
@@ -182,7 +151,9 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
         for rank in range(k):
             expert = id_at(chosen_at + rank * ID)
             put_id(experts_at + (token * k + rank) * ID, expert)
-            touched = _touch(times_at, touched_at, touched, expert)
+            touched = touch(times_at, touched_at, touched, expert)
+    if words[p.AT_ONCE] == 1:
+        fetch_lines(words, touched)  # they come while the weights are computed
     # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
     _weigh(words, logits_at, experts_at, weights_at, tokens)
     words[p.HITS], words[p.TOUCHED_COUNT] = hits, touched
@@ -190,55 +161,6 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     words[p.NOT_FINITE_LOGITS] += nonfinite
     give_spread(words, tokens)
     return 0
-
-
-@inner
-def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
-    """Compose each touched expert's map over the batch, from the last token back.
-
-    Backwards, all activations of one token share one power of the decay. An activation at a tick with r ticks after it
-    adds ``boost d^r`` to the batch's worth b; its clamp lets pass no more than ``max_score d^r`` and what later
-    activations add.
-    """
-    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    parameters = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)
-    boost, max_score = parameters[p.BOOST], parameters[p.MAX_SCORE]
-    maps_at, touched_at = words[p.MAPS], words[p.TOUCHED]
-    for i in range(words[p.TOUCHED_COUNT]):
-        map_at = maps_at + word_at(touched_at + i * WORD) * 2 * WORD
-        put_score(map_at, 0.0)
-        put_score(map_at + WORD, NO_CLAMP)
-    for token in range(tokens - 1, -1, -1):
-        power = decay_power(words[p.POWERS], tokens - 1 - token)
-        for rank in range(k):
-            expert = id_at(experts_at + (token * k + rank) * ID)
-            if expert < 0 or expert >= num_experts:
-                continue  # the caller's array changed under this call: two threads share it, or it overlaps `weights`
-            map_at = maps_at + expert * 2 * WORD
-            later = score_at(map_at)
-            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))
-            put_score(map_at, power * boost + later)
-
-
-@inner
-def _record_affinity(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
-    """Compose each touched expert's map over the batch and apply it."""
-    table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], 2)[1]
-    _compose_maps(words, experts_at, tokens)
-    start = advance_clock(words[p.CLOCK], tokens)
-    end = start + tokens
-    words[p.START] = start
-    for i in range(words[p.TOUCHED_COUNT]):
-        expert = word_at(words[p.TOUCHED] + i * WORD)
-        map_at, times_at = words[p.MAPS] + expert * 2 * WORD, words[p.TIMES] + expert * WORD
-        activate(
-            words[p.AFFINITY] + expert * WORD, words[p.CLOCK], table, start, end,
-            score_at(map_at), score_at(map_at + WORD), max_score,
-        )  # fmt: skip
-        count_activation(words[p.ACTIVATIONS] + expert * WORD, word_at(times_at))
-        put_word(times_at, 0)
-    if crosses_restamp(start, tokens):
-        restamp(words[p.AFFINITY], words[p.CLOCK], table, words[p.NUM_EXPERTS])
 
 
 @inner
@@ -267,7 +189,6 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
 def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     """Second pass: what `route` returns."""
     counters, misses = words[p.COUNTERS], tokens * words[p.TOP_K] - words[p.HITS]
-    _record_affinity(words, experts_at, tokens)
     code: int = misses
     if misses > 0:
         words[p.QUEUED_COUNT] = _request_missing(words)
@@ -276,6 +197,7 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
             words[p.BELL_WORD] = heard(words[p.BELL], 0)
             if words[p.BELL_WORD] != 0:
                 code = misses | RING_BELL
+    publish(words, experts_at, tokens)
     store(words[p.CURSOR], words[p.LAYER])
     fetch_add(counters + LaneCounter.CALLS * WORD, 1)
     fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)
@@ -307,6 +229,7 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     words[p.QUEUED_COUNT] = 0
     code = 0
     if tokens > 0:
+        take_turn(words, plan, tokens)
         code = _choose(words, logits_at, experts_at, weights_at, tokens)
         if code == 0:
             code = _record(words, experts_at, tokens)

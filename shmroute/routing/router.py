@@ -16,7 +16,8 @@ from shmroute.errors import NonFiniteLogitsError
 from shmroute.recording.recorder import recorder_of
 from shmroute.routing import plan as p
 from shmroute.routing.entry import bind
-from shmroute.routing.plan import Plan
+from shmroute.routing.plan import Plan, Turns
+from shmroute.routing.publication import publish_and_leave
 from shmroute.routing.route import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BELL, route_batch, route_token
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import LINE
@@ -67,12 +68,14 @@ class MemoryAwareRouter:
         self._num_experts, self._top_k = config.num_experts, config.top_k
         lane = attachment.lane().number
         self._hot, self._second = (
-            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data) for _ in range(2)
+            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data, attachment.one(_turns))
+            for _ in range(2)
         )
         self._bias = np.zeros(self._num_experts, np.float32)
         if (recorder := attachment.one(recorder_of)) is not None:
             for plan in (self._hot, self._second):
                 plan.words[p.TRACE] = recorder.address
+                plan.words[p.MOST_PENDING] = 0  # a record tells its token's tick, so all are taken at once
         # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
         self._address = self._hot.address
         self._second_mutex = threading.Lock()
@@ -82,6 +85,7 @@ class MemoryAwareRouter:
                 self._set_bias(bias)
         self._bonus = attachment.segment.layout.bonus + layer * LINE
         attachment.before_close(self._close)
+        attachment.records_late(layer, self._publish)
         if (function := bind(self._hot, self._route_checked, self._finish_hot)) is not None:
             vars(self)["route_into"] = function  # in place of the method, which does the same more slowly
         _routers.add(self)
@@ -250,15 +254,26 @@ class MemoryAwareRouter:
     def _finish_hot(self, code: int) -> int:
         return self._finish(code, self._hot)
 
+    def _publish(self) -> None:
+        """Have others see all that was routed."""
+        for plan in (self._hot, self._second):
+            publish_and_leave(plan.address, p.IDLE)
+
     def _close(self) -> None:
-        self._hot.close()
-        self._second.close()
+        """Wait for the calls under way, if any, publish what they put off, and refuse all further ones."""
+        for plan in (self._hot, self._second):
+            publish_and_leave(plan.address, p.CLOSED)
+            plan.forget()
 
     def _abandon_in_child(self) -> None:
         """After a fork: the mapping is gone here, so refuse every call, whatever the parent's threads were doing."""
         self._hot.abandon()
         self._second.abandon()
         self._second_mutex = threading.Lock()
+
+
+def _turns(attachment: Attachment) -> Turns:
+    return Turns(attachment.segment.config.num_layers)
 
 
 def _describe(value: object) -> str:

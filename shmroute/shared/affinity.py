@@ -16,8 +16,10 @@ sequential one. Otherwise it is never below x decayed to that tick, nor below th
 clamped sum.
 
 *Ticks are 32 bits, the clock 64.* Each attempt loads the word **first**, then the clock: the word's tick is then the
-clock's low half less an age under 2^32. A layer is restamped whenever its clock crosses a multiple of 2^28, by
-whoever moved it across, so no word that a CAS can still succeed on is older than that; a worker that sleeps between
+clock's low half less an age under 2^32. A batch loads all its words before it takes its ticks, so what the clock was
+then serves for the first attempt at each of them: the line of the clock, which every worker of a layer changes, comes
+once for a batch rather than once for each expert. A layer is restamped whenever its clock crosses a multiple of 2^28,
+by whoever moved it across, so no word that a CAS can still succeed on is older than that; a worker that sleeps between
 its two loads fails its CAS, since the word was restamped meanwhile.
 
 | who | calls | progress |
@@ -39,10 +41,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from shmroute.shared.atomic import WORD, cas, f64_array, fetch_add, i64_array, load
+from shmroute.shared.atomic import cas, f64_array, fetch_add, i64_array, load
 from shmroute.shared.kernel import inner, kernel
-from shmroute.shared.layout import LINE
-from shmroute.shared.metrics import snapshot_words
+from shmroute.shared.layout import LINE, USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.words import LOW32, RESTAMP_BITS, SCORE_ONE, high32, low32, pack_affinity
 
 if TYPE_CHECKING:
@@ -119,12 +120,25 @@ def crosses_restamp(start: int, ticks: int) -> bool:
 def activate(
     word_address: int, clock_address: int, table: int, start: int, end: int, b: float, c: float, max_score: float
 ) -> None:
+    """`activate_from`, whatever the word is."""
+    word = load(word_address)
+    clock = load(clock_address)  # after the word: see the file's head
+    activate_from(word, clock, word_address, clock_address, table, start, end, b, c, max_score)
+
+
+@inner
+def activate_from(
+    word: int, clock: int, word_address: int, clock_address: int, table: int, start: int, end: int, b: float, c: float,
+    max_score: float,
+) -> None:  # fmt: skip
     """Apply a batch's map ``x -> min(c, decay^(end - start) x + b)`` to one expert.
 
     Parameters
     ----------
+    word, clock : int
+        What its affinity word was, and what the layer's clock was later than that.
     word_address, clock_address, table : int
-        Addresses of the affinity word, the layer's clock and the power table.
+        Addresses of the two, and of the power table.
     start, end : int
         The batch's ticks [start, end), 64-bit.
     b, c : float
@@ -133,8 +147,6 @@ def activate(
         Clamp of a late batch.
     """
     while True:
-        word = load(word_address)
-        clock = load(clock_address)  # after the word: see the file's head
         tick = clock - age_of(word, clock)
         score = score_of(word)
         if tick <= start:
@@ -150,13 +162,15 @@ def activate(
             score = min(score, max_score)
         if cas(word_address, word, pack_affinity(tick, to_score(score))):  # linearization point
             return
+        word = load(word_address)
+        clock = load(clock_address)  # after the word
 
 
 @inner
 def restamp(row: int, clock_address: int, table: int, num_experts: int) -> None:
     """Bring every word of a layer to the present tick, scores rounded down."""
     for expert in range(num_experts):
-        address = row + expert * WORD
+        address = row + expert * USE_BYTES
         while True:
             word = load(address)
             clock = load(clock_address)
@@ -175,26 +189,31 @@ def count_activation(activations_address: int, times: int) -> None:
 def scores_into(row: int, clock_address: int, table: int, scores: npt.NDArray[np.float32]) -> None:
     """Write the present score of each expert of a layer to float32 [E]."""
     for expert in range(scores.shape[0]):
-        scores[expert] = current_score(row + expert * WORD, clock_address, table)
+        scores[expert] = current_score(row + expert * USE_BYTES, clock_address, table)
+
+
+@kernel(types.void(types.int64, types.int64[::1]))
+def totals_into(row: int, totals: npt.NDArray[np.int64]) -> None:
+    """Write how often each expert of a layer was activated to int64 [E]."""
+    for expert in range(totals.shape[0]):
+        totals[expert] = load(row + expert * USE_BYTES + USE_ACTIVATIONS)
 
 
 @kernel(
     types.void(
-        types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64,
-        types.float64, types.float64,
+        types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.float64, types.float64
     )
-)  # fmt: skip
+)
 def update_layer(
-    row: int, activations: int, clock_address: int, table: int, num_experts: int, ids: int, count: int,
-    boost: float, max_score: float,
-) -> None:  # fmt: skip
+    row: int, clock_address: int, table: int, num_experts: int, ids: int, count: int, boost: float, max_score: float
+) -> None:
     """One tick that activates int64 [count] experts at `ids`."""
     start = advance_clock(clock_address, 1)
     experts = i64_array(ids, count)
     for i in range(count):
-        offset = experts[i] * WORD
-        activate(row + offset, clock_address, table, start, start + 1, boost, max_score, max_score)
-        count_activation(activations + offset, 1)
+        use = row + experts[i] * USE_BYTES
+        activate(use + USE_AFFINITY, clock_address, table, start, start + 1, boost, max_score, max_score)
+        count_activation(use + USE_ACTIVATIONS, 1)
     if crosses_restamp(start, 1):
         restamp(row, clock_address, table, num_experts)
 
@@ -233,8 +252,8 @@ class ExpertAffinity:
         self._config = attachment.segment.config
         self._num_experts = self._config.num_experts
         layout, base = attachment.segment.layout, attachment.segment.address
-        self._row = base + layout.row(layout.affinity, layer)
-        self._activations = base + layout.row(layout.activations, layer)
+        self._layer = layer
+        self._row = base + layout.use_row(layer)
         self._clock = base + layout.clock + layer * LINE
         self._powers: int = attachment.powers.ctypes.data
 
@@ -242,6 +261,7 @@ class ExpertAffinity:
         """float32 [E]: every score at the layer's present tick, 0 … max_score."""
         out = np.empty(self._num_experts, np.float32)
         with self._attachment.in_use():
+            self._attachment.record_pending(self._layer)
             scores_into(self._row, self._clock, self._powers, out)
         return out
 
@@ -259,8 +279,11 @@ class ExpertAffinity:
 
     def activations(self) -> npt.NDArray[np.int64]:
         """int64 [E]: how often each expert was chosen since the segment was made."""
+        out = np.empty(self._config.num_experts, np.int64)
         with self._attachment.in_use():
-            return snapshot_words(self._activations, self._num_experts)
+            self._attachment.record_pending(self._layer)
+            totals_into(self._row, out)
+        return out
 
     def top(self, k: int) -> list[int]:
         """The k experts of highest score (all, if there are fewer), best first; ties go to the lower id.
@@ -292,7 +315,8 @@ class ExpertAffinity:
             raise ValueError(f"an expert is activated once a tick, but {ids.tolist()} names one twice")
         affinity = self._config.affinity
         with self._attachment.in_use():
+            self._attachment.record_pending(self._layer)
             update_layer(
-                self._row, self._activations, self._clock, self._powers, self._num_experts,
+                self._row, self._clock, self._powers, self._num_experts,
                 ids.ctypes.data, len(ids), affinity.activation_boost, affinity.max_score,
             )  # fmt: skip

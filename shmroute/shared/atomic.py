@@ -148,6 +148,20 @@ _fetch_and = _fetch_intrinsic("fetch_and")
 _fetch_or = _fetch_intrinsic("fetch_or")
 
 
+_FOR_WRITING, _KEPT, _DATA = (ir.Constant(_I32, value) for value in (1, 3, 1))
+
+
+@intrinsic
+def _fetch_line(typingctx: Any, address: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_PTR, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], _PTR), _FOR_WRITING, _KEPT, _DATA])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), body
+
+
 @intrinsic
 def _monotonic_ns(typingctx: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -296,6 +310,13 @@ def fetch_or(address: int, mask: int) -> int:
     return _machine.fetch_or(address, mask)
 
 
+def fetch_line(address: int) -> None:
+    """Have the processor fetch the line of `address`, to change it soon: a hint, and no operation on the word.
+
+    Locked operations wait for each other's lines one by one; lines that were asked for before come all at once.
+    """
+
+
 def monotonic_ns() -> int:
     """CLOCK_MONOTONIC in nanoseconds: one clock for all processes of a host."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -341,6 +362,7 @@ overload(cas)(lambda address, expected, desired: lambda address, expected, desir
 overload(fetch_add)(lambda address, value: lambda address, value: _fetch_add(address, value))
 overload(fetch_and)(lambda address, mask: lambda address, mask: _fetch_and(address, mask))
 overload(fetch_or)(lambda address, mask: lambda address, mask: _fetch_or(address, mask))
+overload(fetch_line)(lambda address: lambda address: _fetch_line(address))
 overload(cycle_count)(lambda: lambda: _cycle_count())
 overload(monotonic_ns)(lambda: lambda: _monotonic_ns())
 

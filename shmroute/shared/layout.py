@@ -47,6 +47,10 @@ LANE_BASELINE: Final = LANE_SHARD + metrics.LANE_SHARD_WORDS * WORD
 
 # A layer's bonus line: the strength of its rule is the first word.
 BONUS_SPREAD: Final = 4 * WORD
+# What is told of an expert's uses: two words side by side, since whoever routes to it changes both.
+USE_AFFINITY: Final = 0
+USE_ACTIVATIONS: Final = 1 * WORD
+USE_BYTES: Final = 2 * WORD
 
 # The ring: two cursors, then the entries.
 RING_HEAD: Final = 0
@@ -108,12 +112,12 @@ class Layout:
 
     ring_bits: int = field(init=False)
     row_bytes: int = field(init=False)
+    use_row_bytes: int = field(init=False)
     resident_row_bytes: int = field(init=False)
     lane_bytes: int = field(init=False)
     clock: int = field(init=False)
     bonus: int = field(init=False)
-    affinity: int = field(init=False)
-    activations: int = field(init=False)
+    uses: int = field(init=False)
     experts: int = field(init=False)
     checksums: int = field(init=False)
     failures: int = field(init=False)
@@ -138,6 +142,7 @@ class Layout:
 
         # Each layer's rows start on a line, so that layers never share one.
         put(self, "row_bytes", _round_up(self.num_experts * WORD, LINE))
+        put(self, "use_row_bytes", _round_up(self.num_experts * USE_BYTES, LINE))
         put(self, "resident_row_bytes", _round_up(-(-self.num_experts // 64) * WORD, LINE))
         put(self, "lane_bytes", _round_up(LANE_BASELINE + metrics.LANE_SHARD_WORDS * WORD, LINE))
         # Room for a demand of every expert, up to 8192. Upgrades and hints push too, so it may be full all the same;
@@ -146,7 +151,8 @@ class Layout:
 
         region("clock", self.num_layers * LINE)
         region("bonus", self.num_layers * LINE)
-        for name in ("affinity", "activations", "experts", "checksums", "failures"):
+        region("uses", self.num_layers * self.use_row_bytes)
+        for name in ("experts", "checksums", "failures"):
             region(name, self.num_layers * self.row_bytes)
         region("resident", self.num_layers * self.resident_row_bytes)
         region("ring", RING_ENTRIES + (WORD << self.ring_bits))
@@ -170,6 +176,18 @@ class Layout:
     def row(self, region: int, layer: int) -> int:
         """Offset of a layer's row in a region of L × E words."""
         return region + layer * self.row_bytes
+
+    def use_row(self, layer: int) -> int:
+        """Offset of a layer's uses."""
+        return self.uses + layer * self.use_row_bytes
+
+    def affinity(self, layer: int, expert: int) -> int:
+        """Offset of an expert's affinity word."""
+        return self.use_row(layer) + expert * USE_BYTES + USE_AFFINITY
+
+    def activations(self, layer: int, expert: int) -> int:
+        """Offset of an expert's total of activations."""
+        return self.use_row(layer) + expert * USE_BYTES + USE_ACTIVATIONS
 
     def slot(self, slot: int) -> int:
         """Offset of a slot's bytes."""

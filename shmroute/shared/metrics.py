@@ -49,6 +49,7 @@ class LaneCounter(IntEnum):
     LOST_MASS = 14  # probability that changed choices lost, in units of 1 / MASS_ONE
     RECORDED = 15  # (token, layer) pairs written to its recording
     UNRECORDED = 16  # records for which its recording had no room
+    DEFERRED = 17  # tokens whose affinity was recorded after their call; see `shmroute.routing.publication`
 
 
 class PagerCounter(IntEnum):

@@ -209,7 +209,7 @@ def test_a_victim_is_a_resident_expert_that_nobody_reads_or_awaits(
     for layer, clock in enumerate(clocks):
         segment.write(layout.clock + layer * LINE, clock)
         for expert in range(EXPERTS):
-            segment.write(layout.row(layout.affinity, layer) + expert * WORD, affinities[layer * EXPERTS + expert])
+            segment.write(layout.affinity(layer, expert), affinities[layer * EXPERTS + expert])
     eviction = Eviction(segment, power_table(0.99))
     keys = np.array(awaited, np.int64)
     with bounded(), only_changing(segment):

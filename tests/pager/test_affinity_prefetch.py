@@ -21,8 +21,7 @@ def feel(segment: Segment, layer: int, scores: dict[int, float], clock: int = 1)
     """Set affinities that are true at `clock`, and the layer's clock."""
     segment.write(segment.layout.clock + layer * LINE, clock)
     for expert, score in scores.items():
-        offset = segment.layout.row(segment.layout.affinity, layer) + expert * WORD
-        segment.write(offset, pack_affinity(clock, int(score * SCORE_ONE)))
+        segment.write(segment.layout.affinity(layer, expert), pack_affinity(clock, int(score * SCORE_ONE)))
 
 
 def put(segment: Segment, layer: int, expert: int, state: int) -> None:

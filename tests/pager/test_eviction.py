@@ -62,7 +62,7 @@ def put(segment: Segment, layer: int, expert: int, word: int) -> None:
 
 
 def feel(segment: Segment, layer: int, expert: int, score: float, tick: int = 0) -> None:
-    segment.write(row(segment, segment.layout.affinity, layer, expert), pack_affinity(tick, int(score * SCORE_ONE)))
+    segment.write(segment.layout.affinity(layer, expert), pack_affinity(tick, int(score * SCORE_ONE)))
 
 
 def pass_time(segment: Segment, layer: int, clock: int) -> None:
@@ -76,7 +76,7 @@ def route(segment: Segment, layer: int, experts: tuple[int, ...], tokens: int = 
     pass_time(segment, layer, clock)
     for expert in experts:
         feel(segment, layer, expert, 1.0, clock)
-        offset = row(segment, layout.activations, layer, expert)
+        offset = layout.activations(layer, expert)
         segment.write(offset, segment.read(offset) + tokens)
     segment.write(layout.lane(lane) + LANE_IDENTITY, pack_identity(LIVE, 0, 0, lane + 1))
     segment.write(layout.lane(lane) + LANE_CURSOR, layer)

@@ -22,7 +22,7 @@ from shmroute.config import AffinityConfig
 from shmroute.lifecycle import create
 from shmroute.runtime import Runtime
 from shmroute.shared.affinity import activate, decay_power, power_table, score_of
-from shmroute.shared.atomic import WORD, load, store
+from shmroute.shared.atomic import load, store
 from shmroute.shared.words import LOW32, SCORE_ONE, high32, pack_affinity
 
 BOOSTS = (1.0, 0.3, 0.05)
@@ -135,7 +135,7 @@ def test_decay_of_all_experts_is_the_scalar_decay_of_each(
     start_clock(shared_runtime, 0, now)
     packed = [pack_affinity((now - age) & LOW32, score) for score, age in words]
     for expert, word in enumerate(packed):
-        segment.write(segment.layout.affinity + expert * WORD, word)
+        segment.write(segment.layout.affinity(0, expert), word)
     affinity = shared_runtime.affinity(0)
     table = power_table(decay)
     affinity._powers = table.ctypes.data
@@ -182,7 +182,7 @@ def test_crossing_a_multiple_of_two_to_the_28_restamps_every_word(boundary: int)
         segment.write(segment.layout.clock, boundary - 3)
 
         def stamps() -> list[int]:
-            words = [segment.read(segment.layout.affinity + expert * WORD) for expert in range(1, 8)]
+            words = [segment.read(segment.layout.affinity(0, expert)) for expert in range(1, 8)]
             return [high32(word) for word in words]
 
         runtime.affinity(0).update([0])

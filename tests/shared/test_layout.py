@@ -23,7 +23,7 @@ LAYOUTS = st.builds(
     slot_bytes=st.integers(1, 100).map(lambda pages: pages * PAGE),
     config_bytes=st.integers(1, 20_000),
 )
-TABLES = ("affinity", "activations", "experts", "checksums", "failures")
+TABLES = ("experts", "checksums", "failures")
 SMALL = Layout(2, 9, 4, 5, PAGE, 700)
 
 
@@ -34,6 +34,7 @@ def regions(layout: Layout) -> list[tuple[str, int, int]]:
         ("header", 0, names.HEADER_CONFIG + layout.config_bytes),
         ("clock", layout.clock, layout.num_layers * LINE),
         ("bonus", layout.bonus, layout.num_layers * LINE),
+        ("uses", layout.uses, layout.num_layers * layout.use_row_bytes),
         *((name, getattr(layout, name), rows) for name in TABLES),
         ("resident", layout.resident, layout.num_layers * layout.resident_row_bytes),
         ("ring", layout.ring, names.RING_ENTRIES + (WORD << layout.ring_bits)),
@@ -62,9 +63,22 @@ def test_every_region_starts_on_a_line_and_every_slot_on_a_page(layout: Layout) 
 @given(LAYOUTS)
 def test_the_rows_of_a_layer_and_the_lanes_start_on_lines(layout: Layout) -> None:
     assert layout.row_bytes % LINE == layout.resident_row_bytes % LINE == layout.lane_bytes % LINE == 0
+    assert layout.use_row_bytes % LINE == 0
+    assert layout.use_row_bytes >= layout.num_experts * names.USE_BYTES
+    assert layout.use_row(1) == layout.uses + layout.use_row_bytes
     assert layout.row_bytes >= layout.num_experts * WORD
     assert layout.resident_row_bytes * 8 >= layout.num_experts
     assert layout.row(layout.experts, 1) == layout.experts + layout.row_bytes
+
+
+@given(LAYOUTS)
+def test_what_one_use_of_an_expert_changes_is_on_one_line(layout: Layout) -> None:
+    last = layout.num_layers - 1
+    for expert in range(layout.num_experts):
+        affinity, activations = layout.affinity(last, expert), layout.activations(last, expert)
+        assert affinity != activations
+        assert affinity // LINE == activations // LINE
+    assert layout.use_row(last) <= affinity < activations < layout.use_row(last) + layout.use_row_bytes
 
 
 def test_contended_words_have_lines_of_their_own() -> None:

@@ -92,7 +92,7 @@ def test_a_new_segment_names_its_creator_and_has_an_empty_ring(segment: Segment)
     assert segment.read(at.HEADER_PID_NAMESPACE) == pid_namespace()
     size = 1 << segment.layout.ring_bits
     assert [segment.read(segment.layout.ring + cursor) for cursor in (at.RING_HEAD, at.RING_TAIL)] == [size, size]
-    tables = bytes(segment.buffer[segment.layout.affinity : segment.layout.ring])
+    tables = bytes(segment.buffer[segment.layout.uses : segment.layout.ring])
     assert not any(tables)
 
 

@@ -28,7 +28,6 @@ from numba import types
 
 from shmroute.pager.eviction.next_use import LAST_TOKEN_GAIN, TOKEN_BEFORE_GAIN, rank_factor
 from shmroute.pager.eviction.table import (
-    ACTIVATIONS,
     AHEAD,
     CHANGED,
     CLOCK,
@@ -47,7 +46,6 @@ from shmroute.pager.eviction.table import (
     OBSERVATION,
     OUTDATED,
     PRIOR,
-    ROW_BYTES,
     SEEN_CLOCK,
     SEEN_CURSOR,
     SEEN_TOTAL,
@@ -55,11 +53,13 @@ from shmroute.pager.eviction.table import (
     TABLE_WORDS,
     TICKS,
     TOKEN_BEFORE,
+    USE_ROW_BYTES,
+    USES,
     WORKERS,
 )
-from shmroute.shared.atomic import WORD, f64_array, i64_array, load
+from shmroute.shared.atomic import f64_array, i64_array, load
 from shmroute.shared.kernel import inner, kernel
-from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE
+from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE, USE_ACTIVATIONS, USE_BYTES
 from shmroute.shared.words import NOBODY, identity_state
 
 FAST_RATE: Final = 0.15
@@ -89,7 +89,7 @@ def begin_history(table: int) -> None:
         tokens = max(clocks[layer], 0)
         for expert in range(experts):
             key = layer * experts + expert
-            totals[key] = load(words[ACTIVATIONS] + layer * words[ROW_BYTES] + expert * WORD)
+            totals[key] = load(words[USES] + layer * words[USE_ROW_BYTES] + expert * USE_BYTES + USE_ACTIVATIONS)
             share = (max(totals[key], 0) + prior / SLOW_RATE) / (tokens + 1 / SLOW_RATE)
             fast[key] = slow[key] = min(share, 1.0)
 
@@ -153,10 +153,10 @@ def observe_history(table: int) -> None:
         seen += ticks
         keep_fast, keep_slow = (1 - FAST_RATE / words[WORKERS]) ** ticks, (1 - SLOW_RATE) ** ticks
         gain_fast, gain_slow = (1 - keep_fast) / ticks, (1 - keep_slow) / ticks
-        row = words[ACTIVATIONS] + layer * words[ROW_BYTES]
+        row = words[USES] + layer * words[USE_ROW_BYTES]
         for expert in range(experts):
             key = layer * experts + expert
-            total = load(row + expert * WORD)
+            total = load(row + expert * USE_BYTES + USE_ACTIVATIONS)
             uses = min(max(total - totals[key], 0), ticks)
             totals[key] = total
             fast[key] = fast[key] * keep_fast + uses * gain_fast

@@ -10,8 +10,8 @@ from typing import Final
 
 # Shared regions, read only.
 EXPERTS: Final = 0
-AFFINITY: Final = 1
-ACTIVATIONS: Final = 2
+USES: Final = 1
+USE_ROW_BYTES: Final = 2
 CLOCK: Final = 3
 LANES: Final = 4
 LANE_BYTES: Final = 5

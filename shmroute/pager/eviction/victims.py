@@ -41,7 +41,7 @@ from shmroute.pager.eviction.tables import Tables
 from shmroute.shared.affinity import age_of
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load
 from shmroute.shared.kernel import inner, kernel
-from shmroute.shared.layout import LINE
+from shmroute.shared.layout import LINE, USE_AFFINITY, USE_BYTES
 from shmroute.shared.words import LOW32, RESIDENT, expert_slot, pack_expert
 
 REFRESHES: Final = 4
@@ -79,7 +79,7 @@ def affinity_of(table: int, key: int) -> float:
     words = i64_array(table, t.TABLE_WORDS)
     experts = words[t.NUM_EXPERTS]
     layer = key // experts
-    word = load(words[t.AFFINITY] + layer * words[t.ROW_BYTES] + key % experts * WORD)
+    word = load(words[t.USES] + layer * words[t.USE_ROW_BYTES] + key % experts * USE_BYTES + USE_AFFINITY)
     clock = load(words[t.CLOCK] + layer * LINE)  # after the word, as `age_of` demands
     loaded_at = i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
     return current_affinity(word, clock, loaded_at, f64_array(words[t.NUMBERS], 4)[t.BOOST], words[t.POWERS])
@@ -91,7 +91,7 @@ def last_use(table: int, key: int) -> int:
     words = i64_array(table, t.TABLE_WORDS)
     experts = words[t.NUM_EXPERTS]
     layer = key // experts
-    word = load(words[t.AFFINITY] + layer * words[t.ROW_BYTES] + key % experts * WORD)
+    word = load(words[t.USES] + layer * words[t.USE_ROW_BYTES] + key % experts * USE_BYTES + USE_AFFINITY)
     clock = load(words[t.CLOCK] + layer * LINE)
     age = age_of(word, clock)
     loaded_at = i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
@@ -283,7 +283,7 @@ class Eviction:
         self.owners = np.full(config.slots, -1, np.int64)
         self._score = np.zeros(1, np.float64)
         boost = min(config.affinity.activation_boost, config.affinity.max_score)
-        words[t.EXPERTS : t.CLOCK] = base + layout.experts, base + layout.affinity, base + layout.activations
+        words[t.EXPERTS : t.CLOCK] = base + layout.experts, base + layout.uses, layout.use_row_bytes
         words[t.CLOCK : t.MAX_WORKERS] = base + layout.clock, base + layout.lanes, layout.lane_bytes
         words[t.MAX_WORKERS : t.NUM_LAYERS] = lanes, layout.row_bytes
         words[t.NUM_LAYERS : t.POWERS] = layers, experts

@@ -8,7 +8,7 @@ AFFINITY = (
     Mutant(
         "late batches decay twice",
         "a late batch does not decay the score for the ticks that the word has already",
-        "shared.affinity:activate",
+        "shared.affinity:activate_from",
         (
             (
                 "                score = score + worth * decay_power(table, tick - end)",
@@ -21,7 +21,7 @@ AFFINITY = (
     Mutant(
         "late batches counted whole",
         "a late batch's worth decays by the ticks that have passed since its end",
-        "shared.affinity:activate",
+        "shared.affinity:activate_from",
         (
             (
                 "                score = score + worth * decay_power(table, tick - end)",
@@ -33,7 +33,7 @@ AFFINITY = (
     Mutant(
         "batch composition without clamp",
         "composed maps keep the clamp",
-        "routing.route:_compose_maps",
+        "routing.publication:_compose_maps",
         (
             (
                 "            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))\n",
@@ -45,20 +45,63 @@ AFFINITY = (
     Mutant(
         "stale clock",
         "each attempt loads the word first, then the clock",
-        "shared.affinity:activate",
+        "shared.affinity:activate_from",
         (
             (
-                "        word = load(word_address)\n"
-                "        clock = load(clock_address)  # after the word: see the file's head\n",
+                "        word = load(word_address)\n        clock = load(clock_address)  # after the word\n",
                 "        clock = load(clock_address)\n        word = load(word_address)\n",
             ),
         ),
         ("affinity", "affinity-wrapped"),
     ),
     Mutant(
+        "words read late",
+        "a batch loads its words before it takes its ticks: the clock is then later than they are",
+        "routing.publication:_publish_batch",
+        (
+            (
+                "    _compose_maps(words, experts_at, tokens)\n",
+                "    _compose_maps(words, experts_at, tokens)\n    start = advance_clock(words[p.CLOCK], tokens)\n",
+            ),
+            (
+                "    start = advance_clock(words[p.CLOCK], tokens)  # after the words\n",
+                "",
+            ),
+        ),
+        ("affinity", "affinity-put-off"),
+    ),
+    Mutant(
+        "published twice",
+        "what was put off is published once",
+        "routing.publication:_publish_pending",
+        (("    words[p.PENDING_TOKENS] = 0\n", ""),),
+        ("affinity-put-off",),
+    ),
+    Mutant(
+        "put off too long",
+        "what was put off is published when as much is together as may be",
+        "routing.publication:publish",
+        ((" or words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:", ":"),),
+        ("affinity-put-off",),
+    ),
+    Mutant(
+        "put off for ever",
+        "what was put off is published before its plan is closed",
+        "routing.publication:publish_and_leave",
+        (("    if words[p.PENDING_TOKENS] > 0:\n        _publish_pending(words, 0)\n", ""),),
+        ("affinity-put-off",),
+    ),
+    Mutant(
+        "one tick for all that was put off",
+        "tokens that are published together take a tick each",
+        "routing.publication:_publish_batch",
+        (("advance_clock(words[p.CLOCK], tokens)", "advance_clock(words[p.CLOCK], 1)"),),
+        ("affinity-put-off",),
+    ),
+    Mutant(
         "no restamp",
         "whoever moves a clock over a multiple of 2^28 restamps the layer",
-        "routing.route:_record_affinity",
+        "routing.publication:_publish_batch",
         (("    if crosses_restamp(start, tokens):", "    if False:"),),
         ("affinity-restamped",),
     ),
@@ -77,7 +120,7 @@ AFFINITY = (
     Mutant(
         "lost activations",
         "a score is changed by a CAS from the word that was read",
-        "shared.affinity:activate",
+        "shared.affinity:activate_from",
         (
             (
                 "        if cas(word_address, word, pack_affinity(tick, to_score(score))):  # linearization point",

@@ -15,6 +15,7 @@ WORLDS: dict[str, type[World]] = {
     "bell-buffered": bell.BellBuffered,
     "affinity": affinity.Affinity,
     "affinity-clamped": affinity.AffinityClamped,
+    "affinity-put-off": affinity.AffinityPutOff,
     "affinity-restamped": affinity.AffinityRestamped,
     "affinity-half": affinity.AffinityHalf,
     "affinity-wrapped": affinity.AffinityWrapped,
