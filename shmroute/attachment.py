@@ -98,8 +98,7 @@ class _Use:
 
     A thread counts its blocks itself, and nobody else changes its count, so that takes no mutex. Whoever enters counts,
     then looks whether all is closed; whoever closes says so, then looks at the counts: one of the two sees the other.
-    (count / closed) Between the count and the block, Python runs no signal handler whose exception would leave the
-    count behind.
+    (count / closed)
     """
 
     __slots__ = ("_attachment",)

@@ -10,7 +10,7 @@ distances. Each thread has a count of its own of the leases that it took, an int
 | who | calls | progress |
 |---|---|---|
 | threads of the process, one at a time, under its lease mutex | `take_lease`, `give_back` | lock-free |
-| threads of the process | `demand`, `demand_each` | lock-free |
+| threads of the process, while the mapping is in use | `demand`, `demand_each` | lock-free |
 
 `give_back` clears the bit only when the last lease goes: without the mutex, a new one could rely on it meanwhile.
 `take_lease` counts before it sets the bit, so that interpreted too (where Python's garbage collection may give back
@@ -38,7 +38,7 @@ from shmroute.shared.segment import Segment
 from shmroute.shared.words import AWAKE, HUNGRY, pack_bell
 
 # Words of a lease table.
-IS_CLOSED: Final = 0  # 1 once the segment is about to be unmapped: no kernel touches it any more
+IS_CLOSED: Final = 0  # 1 once the segment is about to be unmapped: no lease is taken or given back any more
 EXPERTS: Final = 1
 FAILURES: Final = 2
 ROW_BYTES: Final = 3
