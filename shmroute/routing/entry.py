@@ -152,10 +152,11 @@ def _route_arrays(plan: int, logits: int, experts: int, weights: int) -> int:
     logits_at, experts_at, weights_at = (
         word_at(logits + ARRAY_DATA), word_at(experts + ARRAY_DATA), word_at(weights + ARRAY_DATA),
     )  # fmt: skip
-    thread = 0 if tokens == 1 else _release_gil()
-    code = route(plan, logits_at, experts_at, weights_at, tokens)  # once: LLVM makes one function of all this
-    if tokens != 1:
-        _retake_gil(thread)
+    if tokens == 1:
+        return route(plan, logits_at, experts_at, weights_at, tokens)
+    thread = _release_gil()
+    code = route(plan, logits_at, experts_at, weights_at, tokens)
+    _retake_gil(thread)
     return code
 
 
