@@ -21,8 +21,8 @@ eviction and as many counts of `activations`.
 
 | who | calls | progress |
 |---|---|---|
-| the call that has the plan | `take_turn`, `publish` | lock-free, as `activate` |
-| another thread or layer of the process | `publish_if_idle` | lock-free: skips a plan in use |
+| the call that has the plan | `take_turn`, `publish` | lock-free, as `activate`: it skips another plan that is in use |
+| whoever reads or closes | `publish_and_leave` | waits for another thread's call that has the plan |
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
 
 
 @inner
-def count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def _count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Count the experts of some tokens anew."""
     touched = 0
     for i in range(tokens * words[p.TOP_K]):
@@ -149,35 +149,31 @@ def _publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -
 
 @inner
 def take_turn(words: npt.NDArray[np.int64], plan: int, tokens: int) -> None:
-    """Begin a call: publish what another plan of the process put off, and say whether this call is to publish."""
+    """Begin a call: say whether it puts its tokens off, and publish what was put off and has to be before that."""
     former = word_at(words[p.LATEST])
-    if former != plan:
-        put_word(words[p.LATEST], plan)
-        if former != 0:
-            publish_if_idle(former)
+    put_word(words[p.LATEST], plan)
     shared = word_at(words[p.SEEN] + p.SHARED * WORD) == 1
     words[p.AT_ONCE] = int(former != plan or not shared or tokens >= words[p.MOST_PENDING])
+    if former not in (plan, 0):
+        _publish_if_idle(former)
+    pending = words[p.PENDING_TOKENS]
+    if pending > 0 and (words[p.AT_ONCE] == 1 or pending + tokens > words[p.MOST_PENDING]):
+        _publish_pending(words, 0)
 
 
 @inner
 def publish(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Publish a call's tokens, whose experts are counted, or put them off, as `take_turn` said."""
-    if words[p.AT_ONCE] == 1 and words[p.PENDING_TOKENS] == 0:
+    if words[p.AT_ONCE] == 1:
         _publish_batch(words, experts_at, tokens)
         return
     forget_touched(words, words[p.TOUCHED_COUNT])
-    if words[p.PENDING_TOKENS] + tokens > words[p.MOST_PENDING]:
-        _publish_pending(words, 0)
-    if tokens > words[p.MOST_PENDING]:
-        count_touched(words, experts_at, tokens)
-        _publish_batch(words, experts_at, tokens)
-        return
-    k, pending_at = words[p.TOP_K], words[p.PENDING]
-    first = words[p.PENDING_TOKENS] * k
+    k = words[p.TOP_K]
+    pending_at = words[p.PENDING] + words[p.PENDING_TOKENS] * k * ID
     for i in range(tokens * k):
-        put_id(pending_at + (first + i) * ID, id_at(experts_at + i * ID))
+        put_id(pending_at + i * ID, id_at(experts_at + i * ID))
     words[p.PENDING_TOKENS] += tokens
-    if words[p.AT_ONCE] == 1 or words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:
+    if words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:
         _publish_pending(words, tokens)
 
 
@@ -186,7 +182,7 @@ def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     """Publish the tokens that were put off, of which the last `own` are the present call's."""
     tokens = words[p.PENDING_TOKENS]
     words[p.PENDING_TOKENS] = 0
-    count_touched(words, words[p.PENDING], tokens)
+    _count_touched(words, words[p.PENDING], tokens)
     fetch_lines(words, words[p.TOUCHED_COUNT])
     _publish_batch(words, words[p.PENDING], tokens)
     if tokens > own:
@@ -194,8 +190,8 @@ def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
 
 
 @inner
-def publish_if_idle(plan: int) -> None:
-    """Publish what a plan put off, unless a call has it: then that call sees to it."""
+def _publish_if_idle(plan: int) -> None:
+    """Publish what a plan put off, unless a call has it: then that call, or one after it, sees to it."""
     if word_at(plan + p.PENDING_TOKENS * WORD) > 0 and cas(plan, p.IDLE, p.IN_USE):
         words = i64_array(plan, p.PLAN_WORDS)
         if words[p.PENDING_TOKENS] > 0:

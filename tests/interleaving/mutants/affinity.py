@@ -81,7 +81,7 @@ AFFINITY = (
         "put off too long",
         "what was put off is published when as much is together as may be",
         "routing.publication:publish",
-        ((" or words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:", ":"),),
+        (("    if words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:", "    if False:"),),
         ("affinity-put-off",),
     ),
     Mutant(
