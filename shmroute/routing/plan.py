@@ -182,7 +182,7 @@ class Plan:
         size = count * np.dtype(dtype).itemsize
         raw = np.zeros(size + LINE, np.uint8)
         begin = -raw.ctypes.data % LINE
-        block = raw[begin : begin + size].view(dtype)
+        block: np.ndarray[Any, Any] = raw[begin : begin + size].view(dtype)
         self._scratch.append(block)
         return block
 

@@ -69,12 +69,12 @@ def forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
 
 
 @inner
-def _count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Count the experts of some tokens anew."""
     touched = 0
     for i in range(tokens * words[p.TOP_K]):
         expert = id_at(experts_at + i * ID)
-        if 0 <= expert < words[p.NUM_EXPERTS]:  # see `_compose_maps`
+        if 0 <= expert < words[p.NUM_EXPERTS]:  # see `compose_maps`
             touched = touch(words[p.TIMES], words[p.TOUCHED], touched, expert)
     words[p.TOUCHED_COUNT] = touched
 
@@ -83,7 +83,7 @@ def _count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -
 
 
 @inner
-def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Compose each touched expert's map over the batch, from the last token back.
 
     Backwards, all activations of one token share one power of the decay. An activation at a tick with r ticks after it
@@ -123,7 +123,7 @@ def _publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -
     """Take ticks for some tokens and apply each touched expert's map, composed over all of them."""
     table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], 2)[1]
     uses, touched_at, read_at, count = words[p.USES], words[p.TOUCHED], words[p.READ], words[p.TOUCHED_COUNT]
-    _compose_maps(words, experts_at, tokens)
+    compose_maps(words, experts_at, tokens)
     for i in range(count):
         put_word(read_at + i * WORD, load(uses + word_at(touched_at + i * WORD) * USE_BYTES + USE_AFFINITY))
     start = advance_clock(words[p.CLOCK], tokens)  # after the words
@@ -182,7 +182,7 @@ def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     """Publish the tokens that were put off, of which the last `own` are the present call's."""
     tokens = words[p.PENDING_TOKENS]
     words[p.PENDING_TOKENS] = 0
-    _count_touched(words, words[p.PENDING], tokens)
+    count_touched(words, words[p.PENDING], tokens)
     fetch_lines(words, words[p.TOUCHED_COUNT])
     _publish_batch(words, words[p.PENDING], tokens)
     if tokens > own:

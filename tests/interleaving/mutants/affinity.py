@@ -33,7 +33,7 @@ AFFINITY = (
     Mutant(
         "batch composition without clamp",
         "composed maps keep the clamp",
-        "routing.publication:_compose_maps",
+        "routing.publication:compose_maps",
         (
             (
                 "            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))\n",
@@ -60,8 +60,8 @@ AFFINITY = (
         "routing.publication:_publish_batch",
         (
             (
-                "    _compose_maps(words, experts_at, tokens)\n",
-                "    _compose_maps(words, experts_at, tokens)\n    start = advance_clock(words[p.CLOCK], tokens)\n",
+                "    compose_maps(words, experts_at, tokens)\n",
+                "    compose_maps(words, experts_at, tokens)\n    start = advance_clock(words[p.CLOCK], tokens)\n",
             ),
             (
                 "    start = advance_clock(words[p.CLOCK], tokens)  # after the words\n",
