@@ -6,10 +6,10 @@ for it; what a token costs a worker that waits for nobody is measured (`shmroute
 A worker takes a private time for a token and then publishes it: at once, or with as many others as may be put off
 (`shmroute.routing.publication`). A publication changes the line of the layer's clock and the lines that hold its
 experts' words (four experts to a line; the experts of a token are drawn uniformly, and all differ). It asks for all of
-them at the same moment, some time before it needs them and as many at a time as a core can have under way, and goes on
-when it has the last. A line comes from whoever changed it last, which takes as long as a transfer between the two cores
-does; one that somebody else has changed in between has to be asked for once more, and one that several wait for comes
-to one after the other.
+them at the same moment, some time before it needs them and as many at a time as a core can have under way; then it
+makes one change after the other, and waits for each line that it does not have. A line comes from whoever asked for it
+before, which takes as long as a transfer between the two cores does; one that was taken away again has to be asked for
+once more, and one that several want comes to one after the other.
 
 Left out: compare-and-swaps that fail and are tried again; traffic between chiplets beyond its latency; choices that
 prefer some experts, whose lines are then busier; whatever else a worker's core and caches are busy with.
@@ -32,7 +32,10 @@ EXPERTS_PER_LINE = LINE // USE_BYTES
 UNDER_WAY = 16
 """Lines that a core can wait for at a time: an assumption, in the middle of what server processors of today have."""
 
-NOBODY, SEED = -1, 42
+JITTER = 0.25
+"""By how much the time between two publications may be longer or shorter: an assumption, lest workers stay in step."""
+
+NOBODY, ASKING, SEED = -1, -1, 42
 _FLOATS, _INTS, _FLOATS_2D, _INTS_2D = types.float64[::1], types.int64[::1], types.float64[:, ::1], types.int64[:, ::1]
 
 
@@ -70,7 +73,9 @@ class Load:
     private : float
         Nanoseconds that a token costs a worker that waits for nobody, its publication with it.
     ahead : float
-        Nanoseconds that the lines of a publication are asked for before they are needed.
+        Nanoseconds that the lines of a publication are asked for before the first is needed.
+    changing : float
+        Nanoseconds that a publication takes from there, with all of its lines at hand.
     between : float
         Nanoseconds that it does something else after each.
     """
@@ -81,6 +86,7 @@ class Load:
     together: int
     private: float
     ahead: float
+    changing: float
     between: float = 0.0
 
 
@@ -113,111 +119,139 @@ def _random(state: npt.NDArray[np.int64], below: int) -> int:
 
 @on_demand(
     types.void(
-        types.int64, types.int64, types.int64, types.int64, types.float64, types.float64, types.float64, types.int64,
-        types.int64, _FLOATS, _INTS, _FLOATS_2D, _INTS_2D, _FLOATS, _INTS_2D, _INTS, _FLOATS, _FLOATS,
+        types.int64, types.int64, types.int64, types.int64, types.int64, types.float64, types.float64, types.float64,
+        types.int64, types.int64, _FLOATS, _INTS, _FLOATS_2D, _INTS_2D, _FLOATS, _INTS_2D, _INTS, _FLOATS, _FLOATS,
     )
 )  # fmt: skip
 def run_workers(
-    layers: int, experts: int, together: int, tokens: int, private: float, ahead: float, between: float,
-    chiplet_cores: int, socket_cores: int, latencies: Any, owner: Any, line_times: Any, work: Any, now: Any,
-    touched: Any, chosen: Any, under_way: Any, out: Any,
+    layers: int, experts: int, top_k: int, together: int, rounds: int, rest: float, ahead: float, changing: float,
+    chiplet_cores: int, socket_cores: int, latencies: Any, owner: Any, line_times: Any, work: Any, now: Any, order: Any,
+    drawn: Any, under_way: Any, out: Any,
 ) -> None:  # fmt: skip
-    """Let workers route `tokens` tokens each; `out` gets the end, the waiting and the busiest clock's and use's time.
+    """Let workers publish `rounds` times; `out` gets the end, the waiting and the busiest clock's and use's time.
 
     Parameters
     ----------
+    layers, experts, top_k, together : int
+        As in `Load`.
+    rest, ahead, changing : float
+        Nanoseconds of a publication's tokens before its lines are asked for, until the first of them is needed, and
+        in which they are changed.
     owner : int64 [layers × lines]
-        Who changed a line last; all `NOBODY`.
+        Who has a line, or will have it next; all `NOBODY`.
     line_times : float64 [2, layers × lines]
-        When a line is free again, and how long it was under way in all; zero.
-    work : int64 [workers + 1, 3]
-        Of each worker: its layer, the tokens that it put off, zero, and those that it routed, zero. Of the last row
-        the first word is the state of the random numbers.
+        When that one has it, and how long the line was under way in all; zero.
+    work : int64 [workers + 1, 4]
+        Of each worker: its layer; its next step, all `ASKING`; how many changes its publication makes; and how often it
+        published, zero. Of the last row the first word is the state of the random numbers.
     now : float64 [workers]
-        When each needs the lines of its first token.
-    touched : int64 [workers, lines]
-        Zero.
-    chosen, under_way : int64 [top_k], float64 [UNDER_WAY]
-        Scratch.
+        When each makes its next step.
+    order : int64 [workers, 1 + together × top_k]
+        Scratch: the line of each change.
+    drawn : int64 [experts]
+        Zero: the last token, counted over all workers, that chose an expert of this publication.
+    under_way, out : float64 [UNDER_WAY], float64 [4]
+        Scratch; zero.
     """
-    workers, width, top_k = len(now), touched.shape[1], len(chosen)
-    free, busy, state = line_times[0], line_times[1], work[workers]
-    waited = 0.0
-    for _ in range(workers * tokens):
+    workers = len(now)
+    width = 1 + (experts + EXPERTS_PER_LINE - 1) // EXPERTS_PER_LINE
+    arrival, busy, state = line_times[0], line_times[1], work[workers]
+    waited, token, published = 0.0, 0, 0
+    while published < workers * rounds:
         worker = -1
-        for other in range(workers):  # whose token is next
-            if work[other, 2] < tokens and (worker < 0 or now[other] < now[worker]):
+        for other in range(workers):
+            if work[other, 3] < rounds and (worker < 0 or now[other] < now[worker]):
                 worker = other
-        for i in range(top_k):
-            again = True
-            while again:
-                chosen[i] = _random(state, experts)
-                again = False
-                for j in range(i):
-                    again = again or chosen[j] == chosen[i]
-            touched[worker, 1 + chosen[i] // EXPERTS_PER_LINE] = 1
-        touched[worker, 0] = 1
-        work[worker, 1] += 1
-        moment = now[worker]
-        if work[worker, 1] == together:
-            work[worker, 1] = 0
-            asked, last = 0, moment
+        moment, step, first = now[worker], work[worker, 1], work[worker, 0] * width
+        if step == ASKING:
+            oldest = token + 1
+            count = 1
+            order[worker, 0] = 0
+            for _ in range(together):
+                token += 1
+                left = top_k
+                while left > 0:
+                    expert = _random(state, experts)
+                    if drawn[expert] == token:
+                        continue  # experts of a token differ
+                    if drawn[expert] < oldest:  # the publication's first of it
+                        order[worker, count] = 1 + expert // EXPERTS_PER_LINE
+                        count += 1
+                    drawn[expert] = token
+                    left -= 1
+            work[worker, 2] = count
+            asked = 0
             for i in range(UNDER_WAY):
-                under_way[i] = moment - ahead
-            for line in range(width):
-                if touched[worker, line] == 0:
-                    continue
-                touched[worker, line] = 0
-                at = work[worker, 0] * width + line
-                former = owner[at]
-                if former == worker:
-                    continue
-                owner[at] = worker
-                if former == NOBODY:
-                    continue
-                latency = latencies[2]
-                if former // chiplet_cores == worker // chiplet_cores:
-                    latency = latencies[0]
-                elif former // socket_cores == worker // socket_cores:
-                    latency = latencies[1]
-                begun = under_way[asked % UNDER_WAY]
-                if free[at] > moment - ahead:  # it was asked for, and then taken away again
-                    begun = max(begun, moment, free[at])
-                free[at] = begun + latency
-                under_way[asked % UNDER_WAY] = free[at]
-                busy[at] += latency
-                last = max(last, free[at])
-                asked += 1
-            waited += last - moment
-            moment = last
-        now[worker] = moment + private + between
-        work[worker, 0] = (work[worker, 0] + 1) % layers
-        work[worker, 2] += 1
+                under_way[i] = moment
+            for i in range(count):
+                at = first + order[worker, i]
+                if owner[at] != worker:
+                    latency = _latency(owner[at], worker, chiplet_cores, socket_cores, latencies)
+                    owner[at] = worker
+                    arrival[at] = max(under_way[asked % UNDER_WAY], arrival[at]) + latency
+                    under_way[asked % UNDER_WAY] = arrival[at]
+                    busy[at] += latency
+                    asked += 1
+            work[worker, 1] = 0
+            now[worker] = moment + ahead
+            continue
+        at = first + order[worker, step]
+        if owner[at] != worker:  # it was taken away again
+            latency = _latency(owner[at], worker, chiplet_cores, socket_cores, latencies)
+            owner[at] = worker
+            arrival[at] = max(moment, arrival[at]) + latency
+            busy[at] += latency
+        have = max(moment, arrival[at])
+        waited += have - moment
+        work[worker, 1] += 1
+        now[worker] = have + changing / work[worker, 2]
+        if work[worker, 1] == work[worker, 2]:
+            published += 1
+            work[worker, 0] = (work[worker, 0] + 1) % layers
+            work[worker, 1] = ASKING
+            work[worker, 3] += 1
+            out[0] = max(out[0], now[worker])
+            now[worker] += rest * (1 + JITTER * (_random(state, 2001) - 1000) / 1000)
     out[1] = waited
-    for worker in range(workers):
-        out[0] = max(out[0], now[worker])
     for layer in range(layers):
         out[2] = max(out[2], busy[layer * width])
         for line in range(1, width):
             out[3] = max(out[3], busy[layer * width + line])
 
 
-def simulate(machine: Machine, workers: int, load: Load, tokens: int = 2000) -> Outcome:
+@inner
+def _latency(former: int, worker: int, chiplet_cores: int, socket_cores: int, latencies: Any) -> float:
+    """What it costs a worker to take a line from another one, or from nobody."""
+    if former == NOBODY:
+        return 0.0
+    if former // chiplet_cores == worker // chiplet_cores:
+        return float(latencies[0])
+    if former // socket_cores == worker // socket_cores:
+        return float(latencies[1])
+    return float(latencies[2])
+
+
+def simulate(machine: Machine, workers: int, load: Load, tokens: int = 2048) -> Outcome:
     """Let as many workers, each on a core of its own, route so many tokens each."""
-    width = 1 + -(-load.experts // EXPERTS_PER_LINE)
-    work = np.zeros((workers + 1, 3), np.int64)
+    lines = load.layers * (1 + -(-load.experts // EXPERTS_PER_LINE))
+    rounds = -(-tokens // load.together)
+    total = (load.private + load.between) * load.together
+    rest = max(total - load.ahead - load.changing, 0.0)
+    work = np.zeros((workers + 1, 4), np.int64)
     work[:workers, 0] = np.arange(workers) * load.layers // workers
+    work[:workers, 1] = ASKING
     work[workers, 0] = SEED
-    began = (load.private + load.between) * np.arange(workers) / workers  # not all at the same moment
+    now = rest + total * np.random.default_rng(SEED).random(workers)  # not all at the same moment
     out = np.zeros(4)
     run: Any = run_workers.compiled()
     run(
-        load.layers, load.experts, load.together, tokens, load.private, load.ahead, load.between,
+        load.layers, load.experts, load.top_k, load.together, rounds, rest, load.ahead, load.changing,
         machine.cores_per_chiplet, machine.cores_per_socket,
         np.array([machine.chiplet, machine.socket, machine.across]),
-        np.full(load.layers * width, NOBODY, np.int64), np.zeros((2, load.layers * width)),
-        work, began, np.zeros((workers, width), np.int64), np.zeros(load.top_k, np.int64), np.zeros(UNDER_WAY), out,
+        np.full(lines, NOBODY, np.int64), np.zeros((2, lines)), work, now,
+        np.zeros((workers, 1 + load.together * load.top_k), np.int64), np.zeros(load.experts, np.int64),
+        np.zeros(UNDER_WAY), out,
     )  # fmt: skip
     end, waited, clock, use = out.tolist()
-    routed = workers * tokens
+    routed = workers * rounds * load.together
     return Outcome(routed * 1e6 / end, waited / routed, clock / end, use / end)

@@ -18,7 +18,7 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.plan import Plan, Turns
-from shmroute.routing.publication import compose_maps, count_touched, forget_touched
+from shmroute.routing.publication import compose_maps, count_touched, forget_touched, publish_batch
 from shmroute.routing.route import _choose
 from shmroute.routing.scoring import softmax_weights
 from shmroute.runtime import Runtime
@@ -217,7 +217,10 @@ def play_ping_pong(address: int, side: int, first: int, last: int) -> int:
 
 @on_demand(_I(_I, _F2, _I2, _F2, _I, _I))
 def prepare_publication(plan: int, logits: Any, experts: Any, weights: Any, weigh: int, count: int) -> int:
-    """`count` times what routing does between asking for the lines of some tokens and changing the first of them."""
+    """`count` times what routing does between asking for the lines of some tokens and changing the first of them.
+
+    With `weigh` 1 that includes their weights, as it does for tokens that are not put off.
+    """
     words = i64_array(plan, p.PLAN_WORDS)
     tokens, num_experts, k = logits.shape[0], words[p.NUM_EXPERTS], words[p.TOP_K]
     at, row_bytes = weights.ctypes.data, num_experts * 4
@@ -229,6 +232,16 @@ def prepare_publication(plan: int, logits: Any, experts: Any, weights: Any, weig
                 softmax_weights(row_at, num_experts, experts.ctypes.data + own, k, True, at + own)
         compose_maps(words, experts.ctypes.data, tokens)
     forget_touched(words, words[p.TOUCHED_COUNT])
+    return count
+
+
+@on_demand(_I(_I, _I2, _I))
+def publish_many(plan: int, experts: Any, count: int) -> int:
+    """`count` publications of the same tokens."""
+    words = i64_array(plan, p.PLAN_WORDS)
+    for _ in range(count):
+        count_touched(words, experts.ctypes.data, experts.shape[0])
+        publish_batch(words, experts.ctypes.data, experts.shape[0])
     return count
 
 

@@ -47,7 +47,7 @@ LARGE_LAYERS, LARGE_EXPERTS, LARGE_TOP_K = 61, 256, 8
 COMPUTE = 20_000.0
 """Nanoseconds that a worker computes between two layers: little, for the experts of a large model."""
 
-PREPARATIONS = 2_000
+REPETITIONS = 2_000
 """Repetitions of what is timed in one go."""
 
 
@@ -75,7 +75,8 @@ def parameters(bench: Bench) -> dict[str, list[float]]:
 # ---------------------------------------------------------- measured
 
 AT_ONCE, PUT_OFF = "a token, published at once", f"a token, {TOKENS_PUT_OFF} published together"
-AHEAD_AT_ONCE, AHEAD_PUT_OFF = "lines asked for ahead of need, at once", "lines asked for ahead of need, together"
+AHEAD_AT_ONCE, AHEAD_PUT_OFF = "between asking for lines and needing them, at once", "… together"
+CHANGING_AT_ONCE, CHANGING_PUT_OFF = "changing the lines, at once", "… of all together"
 LINE = "a line that another core has changed"
 
 
@@ -89,6 +90,8 @@ def _measured(bench: Bench, partners: list[Partner], window: float, experts: int
             PUT_OFF: lambda: float(one.call(cost_put_off, window)),
             AHEAD_AT_ONCE: lambda: float(one.call(ahead, 1, 1)),
             AHEAD_PUT_OFF: lambda: float(one.call(ahead, TOKENS_PUT_OFF, 0)),
+            CHANGING_AT_ONCE: lambda: float(one.call(changing, 1)),
+            CHANGING_PUT_OFF: lambda: float(one.call(changing, TOKENS_PUT_OFF)),
             LINE: partial(line_transfer, partners, runtime),
             ONE_LAYER: Crowd(runtime, partners, ONE_LAYER, window).rate,
             IN_TURN: Crowd(runtime, partners, IN_TURN, window).rate,
@@ -133,15 +136,29 @@ def cost_put_off(inherited: dict[str, Any], seconds: float) -> float:
 
 def ahead(inherited: dict[str, Any], tokens: int, weigh: int) -> float:
     """Nanoseconds between asking for the lines of some tokens and needing them."""
-    runtime = held["runtime"]
+    plan, values, experts, weights = _batch(held["runtime"], tokens)
+    prepare = kernels.prepare_publication.compiled()
+    began = time.perf_counter_ns()
+    prepare(plan.address, values, experts, weights, weigh, REPETITIONS)
+    return (time.perf_counter_ns() - began) / REPETITIONS
+
+
+def changing(inherited: dict[str, Any], tokens: int) -> float:
+    """Nanoseconds that publishing some tokens takes from there."""
+    plan, _, experts, _ = _batch(held["runtime"], tokens)
+    publish = kernels.publish_many.compiled()
+    began = time.perf_counter_ns()
+    publish(plan.address, experts, REPETITIONS)
+    return (time.perf_counter_ns() - began) / REPETITIONS - ahead(inherited, tokens, 0)
+
+
+def _batch(runtime: Any, tokens: int) -> tuple[kernels.PrivatePlan, Any, Any, Any]:
+    """Tokens that have been routed, and a plan to do more with them."""
     config = runtime.config
     values = logits(tokens, config.num_experts)
     experts, weights = np.zeros((tokens, config.top_k), np.int32), np.zeros((tokens, config.top_k), np.float32)
     runtime.router(0).route_into(values, experts, weights)
-    plan, prepare = kernels.PrivatePlan(runtime), kernels.prepare_publication.compiled()
-    began = time.perf_counter_ns()
-    prepare(plan.address, values, experts, weights, weigh, PREPARATIONS)
-    return (time.perf_counter_ns() - began) / PREPARATIONS
+    return kernels.PrivatePlan(runtime), values, experts, weights
 
 
 def _loop(runtime: Any) -> tuple[Any, list[Any], Any, Any]:
@@ -154,7 +171,7 @@ def _loop(runtime: Any) -> tuple[Any, list[Any], Any, Any]:
 
 
 def _costs(measured: dict[str, list[float]], experts: int, top_k: int) -> Table:
-    names = (AT_ONCE, PUT_OFF, AHEAD_AT_ONCE, AHEAD_PUT_OFF, LINE)
+    names = (AT_ONCE, PUT_OFF, AHEAD_AT_ONCE, AHEAD_PUT_OFF, CHANGING_AT_ONCE, CHANGING_PUT_OFF, LINE)
     figures = [
         summary_figure(
             name, Summary.of(measured[name]), Summary.of(ratios(measured[name], measured[AT_ONCE])).median
@@ -171,9 +188,9 @@ def _costs(measured: dict[str, list[float]], experts: int, top_k: int) -> Table:
 
 
 def _load(measured: dict[str, float], put_off: bool, layers: int, experts: int, top_k: int) -> Load:
-    if put_off:
-        return Load(layers, experts, top_k, TOKENS_PUT_OFF, measured[PUT_OFF], measured[AHEAD_PUT_OFF])
-    return Load(layers, experts, top_k, 1, measured[AT_ONCE], measured[AHEAD_AT_ONCE])
+    names = (PUT_OFF, AHEAD_PUT_OFF, CHANGING_PUT_OFF) if put_off else (AT_ONCE, AHEAD_AT_ONCE, CHANGING_AT_ONCE)
+    private, before, during = (measured[name] for name in names)
+    return Load(layers, experts, top_k, TOKENS_PUT_OFF if put_off else 1, private, before, during)
 
 
 def _validation(measured: dict[str, list[float]]) -> Table:
@@ -230,7 +247,7 @@ def simulated(measured: dict[str, list[float]]) -> Iterator[Table]:
             f"scaling/simulated-{one.key}", f"SIMULATED: {one.title}", "routes per ms", HIGHER,
             tuple(_row(count, outcome, outcomes[0]) for count, outcome in zip(CORES, outcomes, strict=True)),
             f"{LARGE.name}, {LARGE_EXPERTS} experts, top-{LARGE_TOP_K}; ÷ first: speed-up; wait: ns that a token waits "
-            "for lines; clock, use: % of the time that the busiest line of a clock, or of experts' words, is on its way",
+            "for lines; clock, use: % of the time that the busiest line of a clock, or of experts, is on its way",
         )  # fmt: skip
 
 

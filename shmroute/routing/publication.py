@@ -112,14 +112,14 @@ def compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> 
 
 @inlined
 def fetch_lines(words: npt.NDArray[np.int64], touched: int) -> None:
-    """Ask for the lines that `_publish_batch` will change."""
+    """Ask for the lines that `publish_batch` will change."""
     fetch_line(words[p.CLOCK])
     for i in range(touched):
         fetch_line(words[p.USES] + word_at(words[p.TOUCHED] + i * WORD) * USE_BYTES)
 
 
 @inner
-def _publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Take ticks for some tokens and apply each touched expert's map, composed over all of them."""
     table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], 2)[1]
     uses, touched_at, read_at, count = words[p.USES], words[p.TOUCHED], words[p.READ], words[p.TOUCHED_COUNT]
@@ -165,7 +165,7 @@ def take_turn(words: npt.NDArray[np.int64], plan: int, tokens: int) -> None:
 def publish(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Publish a call's tokens, whose experts are counted, or put them off, as `take_turn` said."""
     if words[p.AT_ONCE] == 1:
-        _publish_batch(words, experts_at, tokens)
+        publish_batch(words, experts_at, tokens)
         return
     forget_touched(words, words[p.TOUCHED_COUNT])
     k = words[p.TOP_K]
@@ -184,7 +184,7 @@ def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     words[p.PENDING_TOKENS] = 0
     count_touched(words, words[p.PENDING], tokens)
     fetch_lines(words, words[p.TOUCHED_COUNT])
-    _publish_batch(words, words[p.PENDING], tokens)
+    publish_batch(words, words[p.PENDING], tokens)
     if tokens > own:
         fetch_add(words[p.COUNTERS] + LaneCounter.DEFERRED * WORD, tokens - own)
 

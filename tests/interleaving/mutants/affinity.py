@@ -57,7 +57,7 @@ AFFINITY = (
     Mutant(
         "words read late",
         "a batch loads its words before it takes its ticks: the clock is then later than they are",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (
             (
                 "    compose_maps(words, experts_at, tokens)\n",
@@ -94,14 +94,14 @@ AFFINITY = (
     Mutant(
         "one tick for all that was put off",
         "tokens that are published together take a tick each",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (("advance_clock(words[p.CLOCK], tokens)", "advance_clock(words[p.CLOCK], 1)"),),
         ("affinity-put-off",),
     ),
     Mutant(
         "no restamp",
         "whoever moves a clock over a multiple of 2^28 restamps the layer",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (("    if crosses_restamp(start, tokens):", "    if False:"),),
         ("affinity-restamped",),
     ),
