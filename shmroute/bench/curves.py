@@ -1,7 +1,8 @@
 """Sweeps for the plots: what a token costs against E, k, T and W, and what the pager reads per second.
 
 Each is a dictionary that `shmroute.bench.plots` can draw and JSON can hold: ``name``, ``title``, ``x`` and ``y``
-(labels), ``log`` (which axes are logarithmic), ``series`` (by name: x, median, p25 and p75, lists of equal length).
+(labels), ``log`` (which axes are logarithmic), ``marks`` (vertical lines: label and x), ``series`` (by name: x, median,
+p25 and p75, lists of equal length).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from shmroute.bench import kernels
+from shmroute.bench import kernels, scaling
 from shmroute.bench.checkpoints import checkpoint, disk_folder
-from shmroute.bench.concurrency import call_all, cpus_of, join, rate
+from shmroute.bench.concurrency import IN_TURN, ONE_LAYER, OWN_LAYERS, PROCESSES, Crowd, call_all, cpus_of, join
+from shmroute.bench.contention import simulate
 from shmroute.bench.measuring import Contestant, Loop, Summary, contest, unpinned
 from shmroute.bench.paging import MIB, _by_pager, _by_threads, _halves, _memory, paged
 from shmroute.bench.paging_peers import plain_reads
-from shmroute.bench.partners import Partner, crew, let_go
+from shmroute.bench.partners import crew, let_go
 from shmroute.bench.routing import Way
 from shmroute.bench.routing_peers import numpy_route
 from shmroute.bench.stage import ROWS, Bench, logits, routing_runtime, token_rows
@@ -29,13 +31,29 @@ from shmroute.errors import ShmrouteError
 
 SHMROUTE, SELECTION, EAGER, NUMPY = "route_into", "selection alone", "the reference's rule", "numpy"
 
+NAMES = (
+    "routing-experts",
+    "routing-top-k",
+    "routing-tokens",
+    "routing-workers",
+    "routing-cores-simulated",
+    "paging-size",
+    "paging-threads",
+)
+"""Of all curves, in the order in which they are measured."""
+
+LARGEST_MIB = 350
+"""Of an expert. Four of them are on the disk, four in shared memory at a time: 1.5 GB each."""
+
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
-    """All curves."""
+    """All curves that can be measured here."""
     yield _against_experts(bench)
     yield _against_top_k(bench)
     yield _against_tokens(bench)
     yield _against_workers(bench)
+    if len(cpus_of(bench)) > 1:
+        yield _against_cores(bench)
     with unpinned():
         yield _against_size(bench)
         yield _against_threads(bench)
@@ -54,8 +72,11 @@ class _Series:
             series[key].append(value)
 
 
-def _curve(name: str, title: str, x: str, y: str, log: str, series: _Series) -> dict[str, Any]:
-    return {"name": name, "title": title, "x": x, "y": y, "log": log, "series": series.by_name}
+def _curve(
+    name: str, title: str, x: str, y: str, log: str, series: _Series, marks: Sequence[tuple[str, float]] = ()
+) -> dict[str, Any]:
+    assert name in NAMES
+    return {"name": name, "title": title, "x": x, "y": y, "log": log, "series": series.by_name, "marks": list(marks)}
 
 
 # ---------------------------------------------------------- routing
@@ -74,7 +95,8 @@ def _costs(bench: Bench, experts: int, top_k: int, tokens: int | None) -> Iterat
     with routing_runtime(experts, top_k) as runtime, routing_runtime(experts, top_k) as other:
         ways = {
             SHMROUTE: Way(runtime.router(0).route_into, ids, weights),
-            SELECTION: Way(select.compiled(), ids, weights, kernels.PrivatePlan(other)),
+            # One token of it would be handed over by Numba, which takes longer than the token does.
+            **({} if tokens is None else {SELECTION: Way(select.compiled(), ids, weights, kernels.PrivatePlan(other))}),
             EAGER: Way(eager.compiled(), ids, weights, kernels.PrivatePlan(other)),
             NUMPY: Way(numpy_route(ids, weights), ids, weights),
         }
@@ -117,23 +139,38 @@ def _against_workers(bench: Bench) -> dict[str, Any]:
     window = 0.08 if bench.scale.quick else 0.3
     series = _Series()
     partners = crew(bench.resources, bench.shared, max(values), cpus_of(bench))
-    with routing_runtime(64, 6, layers=max(values)) as runtime:
+    with routing_runtime(64, 6, layers=max(PROCESSES)) as runtime:
         call_all(partners, join, runtime.name)
         for count in values:
             contestants = [
-                Contestant(name, partial(_ns_per_token, partners[:count], same_layer, window))
-                for name, same_layer in (("each on its layer", False), ("all on one layer", True))
+                Contestant(way, partial(_ns_per_token, Crowd(runtime, partners[:count], way, window)))
+                for way in (OWN_LAYERS, ONE_LAYER, IN_TURN)
             ]
             for result in contest(contestants, bench.scale.few_rounds):
                 series.add(result.name, count, result.summary)
         call_all(partners, let_go)
-    title = f"Workers that route at once, 64 experts, top-6, {len(cpus_of(bench))} cores"
-    return _curve("routing-workers", title, "worker processes W", "ns per token of a worker", "y", series)
+    cores = len(cpus_of(bench))
+    title = f"Workers that route at once, 64 experts, top-6, {cores} cores"
+    marks = [(f"{cores} cores", float(cores))]
+    return _curve("routing-workers", title, "worker processes W", "ns per token of a worker", "", series, marks)
 
 
-def _ns_per_token(partners: list[Partner], same_layer: bool, window: float) -> float:
+def _against_cores(bench: Bench) -> dict[str, Any]:
+    """Of the simulation; see `shmroute.bench.scaling`."""
+    series = _Series()
+    for scenario in scaling.scenarios(scaling.parameters(bench)):
+        if scenario.load.between == 0:  # with compute between it would be a line along the axis
+            for count in scaling.CORES:
+                outcome = simulate(scaling.LARGE, count, scenario.load)
+                series.add(scenario.title, count, Summary.of([outcome.routes_per_ms]))
+    marks = [("one chiplet", 8.0), ("one socket", 32.0)]
+    title = f"SIMULATED: routing on {scaling.LARGE.name}, 256 experts, top-8"
+    return _curve("routing-cores-simulated", title, "cores, one worker each", "routes per ms", "xy", series, marks)
+
+
+def _ns_per_token(crowd: Crowd) -> float:
     """What a token costs each of some processes."""
-    return len(partners) * 1e6 / rate(partners, same_layer, False, window)
+    return len(crowd.partners) * 1e6 / crowd.rate()
 
 
 # ---------------------------------------------------------- paging
@@ -156,21 +193,25 @@ def _bandwidth(bench: Bench, series: _Series, x: float, size: int, count: int, t
 
 
 def _against_size(bench: Bench) -> dict[str, Any]:
-    mib = (0.1, 1, 8) if bench.scale.quick else (0.1, 0.3, 1, 4, 16, 64, 128, 350)
+    mib = (0.1, 1, 8) if bench.scale.quick else (0.1, 0.3, 1, 4, 16, 64, 128, LARGEST_MIB)
     series = _Series()
     for value in mib:
         count = int(min(max(64 / value, 2), 64))
         try:
             _bandwidth(bench, series, value, int(value * MIB), count, 2)
-        except ShmrouteError:
+        except ShmrouteError as error:
             if not series.by_name:
                 raise
-            break  # no room for larger ones, on the disk or in shared memory
-    return _curve("paging-size", "Loads, 2 threads, warm page cache", "expert size, MiB", "MB/s", "xy", series)
+            bench.absent[f"loads of experts of {value:g} MiB or more"] = str(error)  # no room for them
+            break
+    title = "Loads, 2 at a time, warm page cache"
+    return _curve("paging-size", title, "expert size, MiB", "MB/s", "xy", series)
 
 
 def _against_threads(bench: Bench) -> dict[str, Any]:
     series = _Series()
-    for threads in (1, 2, 4) if bench.scale.quick else (1, 2, 3, 4, 6, 8):
+    for threads in (1, 2, 4) if bench.scale.quick else (1, 2, 3, 4, 6, 8, 12, 16):
         _bandwidth(bench, series, threads, 4 * MIB, 16, threads)
-    return _curve("paging-threads", "Loads of experts of 4 MiB, warm page cache", "I/O threads", "MB/s", "", series)
+    cores = len(cpus_of(bench))
+    title, marks = "Loads of experts of 4 MiB, warm page cache", [(f"{cores} cores", float(cores))]
+    return _curve("paging-threads", title, "loads at a time (I/O threads)", "MB/s", "", series, marks)

@@ -18,10 +18,12 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.plan import Plan, Turns
+from shmroute.routing.publication import compose_maps, count_touched, forget_touched, publish_batch
 from shmroute.routing.route import _choose
+from shmroute.routing.scoring import softmax_weights
 from shmroute.runtime import Runtime
 from shmroute.shared.affinity import current_score
-from shmroute.shared.atomic import WORD, cas, f32_array, i32_array, i64_array, load
+from shmroute.shared.atomic import WORD, cas, f32_array, i32_array, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.kernel import _StampedCache, inner, signals_held
 from shmroute.shared.layout import USE_AFFINITY, USE_BYTES
@@ -35,9 +37,6 @@ _TOKEN = _I(_I, _F1, _I1, _F1)
 _BATCH = _I(_I, _F2, _I2, _F2)
 
 
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-
-
 class OnDemand:
     """A loop that is compiled when it is first asked for."""
 
@@ -48,7 +47,9 @@ class OnDemand:
     def compiled(self) -> Callable[..., Any]:
         """The loop."""
         if self._compiled is None:
-            self._function.__qualname__ += f"_{_SOURCE}"  # by which Numba's cache finds it
+            # By which Numba's cache finds it: `STAMP` knows nothing of this package's files.
+            source = Path(self._function.__code__.co_filename).read_bytes()
+            self._function.__qualname__ += f"_{hashlib.sha256(source).hexdigest()[:12]}"
             dispatcher = numba.njit(nogil=True, _nrt=False)(self._function)
             dispatcher._cache = _StampedCache(dispatcher.py_func)
             with signals_held():
@@ -199,6 +200,49 @@ def load_many(address: int, count: int) -> int:
     for _ in range(count):
         total += load(address) & 1
     return total
+
+
+# ---------------------------------------------------------- lines
+
+
+@on_demand(_I(_I, _I, _I, _I))
+def play_ping_pong(address: int, side: int, first: int, last: int) -> int:
+    """From exchange `first` to before `last`: wait for the other side's number in a word and write the next."""
+    for i in range(first, last):
+        while load(address) != 2 * i + side:
+            pass
+        store(address, 2 * i + side + 1)
+    return last - first
+
+
+@on_demand(_I(_I, _F2, _I2, _F2, _I, _I))
+def prepare_publication(plan: int, logits: Any, experts: Any, weights: Any, weigh: int, count: int) -> int:
+    """`count` times what routing does between asking for the lines of some tokens and changing the first of them.
+
+    With `weigh` 1 that includes their weights, as it does for tokens that are not put off.
+    """
+    words = i64_array(plan, p.PLAN_WORDS)
+    tokens, num_experts, k = logits.shape[0], words[p.NUM_EXPERTS], words[p.TOP_K]
+    at, row_bytes = weights.ctypes.data, num_experts * 4
+    count_touched(words, experts.ctypes.data, tokens)
+    for _ in range(count):
+        if weigh == 1:
+            for token in range(tokens):
+                row_at, own = logits.ctypes.data + token * row_bytes, token * k * 4
+                softmax_weights(row_at, num_experts, experts.ctypes.data + own, k, True, at + own)
+        compose_maps(words, experts.ctypes.data, tokens)
+    forget_touched(words, words[p.TOUCHED_COUNT])
+    return count
+
+
+@on_demand(_I(_I, _I2, _I))
+def publish_many(plan: int, experts: Any, count: int) -> int:
+    """`count` publications of the same tokens."""
+    words = i64_array(plan, p.PLAN_WORDS)
+    for _ in range(count):
+        count_touched(words, experts.ctypes.data, experts.shape[0])
+        publish_batch(words, experts.ctypes.data, experts.shape[0])
+    return count
 
 
 # ---------------------------------------------------------- residency, leases, affinity

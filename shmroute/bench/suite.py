@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from shmroute.bench import concurrency, curves, idle, leases, paging, ring, routing, sizes, startup
+from shmroute.bench import concurrency, curves, idle, leases, paging, ring, routing, scaling, sizes, startup
 from shmroute.bench.measuring import FULL, QUICK, Contestant, Loop, contest, cpus, pinned, warm_up, yardstick
 from shmroute.bench.report import Report, Table, table
 from shmroute.bench.stage import Bench
@@ -22,6 +22,7 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "sizes": sizes.measure,
     "routing": routing.measure,
     "concurrency": concurrency.measure,
+    "scaling": scaling.measure,
     "ring": ring.measure,
     "leases": leases.measure,
     "paging": paging.measure,

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as Grid
 from rich.text import Text
 
+from shmroute.bench.curves import NAMES
 from shmroute.bench.plots import check_plottable, draw
 from shmroute.bench.report import Comparison, Report, Table, check_savable, compare, read_report, save_report
 from shmroute.bench.suite import GROUPS, Watch, chosen_groups, run
@@ -109,6 +110,7 @@ class _Display(Watch):
         self._out = console()
         self._live = sys.stderr.isatty()
         self._now = ""
+        self._curves = 0
 
     def begins(self, group: str) -> None:
         self._now = f"{group} ({self._groups.index(group) + 1} of {len(self._groups)})"
@@ -123,7 +125,8 @@ class _Display(Watch):
         self._progress(one.title)
 
     def curve(self, curve: dict[str, Any]) -> None:
-        self._progress(curve["title"])
+        self._curves += 1
+        self._progress(f"{self._curves} of {len(NAMES)} curves, the last: {curve['title']}")
 
     def failed(self, group: str, reason: str) -> None:
         self._progress(None)

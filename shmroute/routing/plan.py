@@ -120,7 +120,7 @@ LEFT: Final = 0  # the clock as this process left it, NEVER before
 SHARED: Final = 1  # 1 if somebody else had moved it when this process last did
 NEVER: Final = -1
 
-TOKENS_PUT_OFF: Final = 32
+TOKENS_PUT_OFF: Final = 16
 """The `MOST_PENDING` of every plan."""
 
 IDLE: Final = 0
@@ -237,7 +237,11 @@ class Plan:
         self.words[CORRECTION_BIAS] = block.ctypes.data
 
     def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
-        block = np.zeros(count, dtype)
+        """Private memory that begins on a line: vectors in it are on no more lines than they must be."""
+        size = count * np.dtype(dtype).itemsize
+        raw = np.zeros(size + LINE, np.uint8)
+        begin = -raw.ctypes.data % LINE
+        block: np.ndarray[Any, Any] = raw[begin : begin + size].view(dtype)
         self._scratch.append(block)
         return block
 

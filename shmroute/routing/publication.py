@@ -21,8 +21,8 @@ eviction and as many counts of `activations`.
 
 | who | calls | progress |
 |---|---|---|
-| the call that has the plan | `take_turn`, `publish` | lock-free, as `activate` |
-| another thread or layer of the process | `publish_if_idle` | lock-free: skips a plan in use |
+| the call that has the plan | `take_turn`, `publish` | lock-free, as `activate`: it skips another plan that is in use |
+| whoever reads or closes | `publish_and_leave` | waits for another thread's call that has the plan |
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) ->
     touched = 0
     for i in range(tokens * words[p.TOP_K]):
         expert = id_at(experts_at + i * ID)
-        if 0 <= expert < words[p.NUM_EXPERTS]:  # see `_compose_maps`
+        if 0 <= expert < words[p.NUM_EXPERTS]:  # see `compose_maps`
             touched = touch(words[p.TIMES], words[p.TOUCHED], touched, expert)
     words[p.TOUCHED_COUNT] = touched
 
@@ -83,7 +83,7 @@ def count_touched(words: npt.NDArray[np.int64], experts_at: int, tokens: int) ->
 
 
 @inner
-def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Compose each touched expert's map over the batch, from the last token back.
 
     Backwards, all activations of one token share one power of the decay. An activation at a tick with r ticks after it
@@ -112,18 +112,18 @@ def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) ->
 
 @inlined
 def fetch_lines(words: npt.NDArray[np.int64], touched: int) -> None:
-    """Ask for the lines that `_publish_batch` will change."""
+    """Ask for the lines that `publish_batch` will change."""
     fetch_line(words[p.CLOCK])
     for i in range(touched):
         fetch_line(words[p.USES] + word_at(words[p.TOUCHED] + i * WORD) * USE_BYTES)
 
 
 @inner
-def _publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
+def publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Take ticks for some tokens and apply each touched expert's map, composed over all of them."""
     table, max_score = words[p.POWERS], f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.MAX_SCORE]
     uses, touched_at, read_at, count = words[p.USES], words[p.TOUCHED], words[p.READ], words[p.TOUCHED_COUNT]
-    _compose_maps(words, experts_at, tokens)
+    compose_maps(words, experts_at, tokens)
     for i in range(count):
         put_word(read_at + i * WORD, load(uses + word_at(touched_at + i * WORD) * USE_BYTES + USE_AFFINITY))
     start = advance_clock(words[p.CLOCK], tokens)  # after the words
@@ -150,35 +150,31 @@ def _publish_batch(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -
 
 @inner
 def take_turn(words: npt.NDArray[np.int64], plan: int, tokens: int) -> None:
-    """Begin a call: publish what another plan of the process put off, and say whether this call is to publish."""
+    """Begin a call: say whether it puts its tokens off, and publish what was put off and has to be before that."""
     former = word_at(words[p.LATEST])
-    if former != plan:
-        put_word(words[p.LATEST], plan)
-        if former != 0:
-            publish_if_idle(former)
+    put_word(words[p.LATEST], plan)
     shared = word_at(words[p.SEEN] + p.SHARED * WORD) == 1
     words[p.AT_ONCE] = int(former != plan or not shared or tokens >= words[p.MOST_PENDING])
+    if former not in (plan, 0):
+        _publish_if_idle(former)
+    pending = words[p.PENDING_TOKENS]
+    if pending > 0 and (words[p.AT_ONCE] == 1 or pending + tokens > words[p.MOST_PENDING]):
+        _publish_pending(words, 0)
 
 
 @inner
 def publish(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
     """Publish a call's tokens, whose experts are counted, or put them off, as `take_turn` said."""
-    if words[p.AT_ONCE] == 1 and words[p.PENDING_TOKENS] == 0:
-        _publish_batch(words, experts_at, tokens)
+    if words[p.AT_ONCE] == 1:
+        publish_batch(words, experts_at, tokens)
         return
     forget_touched(words, words[p.TOUCHED_COUNT])
-    if words[p.PENDING_TOKENS] + tokens > words[p.MOST_PENDING]:
-        _publish_pending(words, 0)
-    if tokens > words[p.MOST_PENDING]:
-        count_touched(words, experts_at, tokens)
-        _publish_batch(words, experts_at, tokens)
-        return
-    k, pending_at = words[p.TOP_K], words[p.PENDING]
-    first = words[p.PENDING_TOKENS] * k
+    k = words[p.TOP_K]
+    pending_at = words[p.PENDING] + words[p.PENDING_TOKENS] * k * ID
     for i in range(tokens * k):
-        put_id(pending_at + (first + i) * ID, id_at(experts_at + i * ID))
+        put_id(pending_at + i * ID, id_at(experts_at + i * ID))
     words[p.PENDING_TOKENS] += tokens
-    if words[p.AT_ONCE] == 1 or words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:
+    if words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:
         _publish_pending(words, tokens)
 
 
@@ -189,14 +185,14 @@ def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     words[p.PENDING_TOKENS] = 0
     count_touched(words, words[p.PENDING], tokens)
     fetch_lines(words, words[p.TOUCHED_COUNT])
-    _publish_batch(words, words[p.PENDING], tokens)
+    publish_batch(words, words[p.PENDING], tokens)
     if tokens > own:
         fetch_add(words[p.COUNTERS] + LaneCounter.DEFERRED * WORD, tokens - own)
 
 
 @inner
-def publish_if_idle(plan: int) -> None:
-    """Publish what a plan put off, unless a call has it: then that call sees to it."""
+def _publish_if_idle(plan: int) -> None:
+    """Publish what a plan put off, unless a call has it: then that call, or one after it, sees to it."""
     if word_at(plan + p.PENDING_TOKENS * WORD) > 0 and cas(plan, p.IDLE, p.IN_USE):
         words = i64_array(plan, p.PLAN_WORDS)
         if words[p.PENDING_TOKENS] > 0:

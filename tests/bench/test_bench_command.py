@@ -174,7 +174,15 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     series = {"x": [1.0, 2.0], "median": [3.0, 4.0], "p25": [2.0, 3.0], "p75": [4.0, 5.0]}
     curves = [
-        {"name": name, "title": name, "x": "E", "y": "ns", "log": log, "series": {"one": series}}
+        {
+            "name": name,
+            "title": name,
+            "x": "E",
+            "y": "ns",
+            "log": log,
+            "series": {"one": series},
+            "marks": [("here", 1.5)],
+        }
         for name, log in (("a", "xy"), ("b", ""))
     ]
     plots.check_plottable(tmp_path / "plots")

@@ -454,5 +454,5 @@ def test_scribbling_reaches_every_region_that_it_is_meant_to(segment: Segment) -
         before = bytes(fresh.buffer)
         scribble(fresh, 1, 1.0, (layout.clock, layout.pool))
         after = bytes(fresh.buffer)
-    for region in ("clock", "affinity", "experts", "failures", "resident", "ring", "lanes", "pager", "slot_headers"):
+    for region in ("clock", "uses", "experts", "failures", "resident", "ring", "lanes", "pager", "slot_headers"):
         assert before[getattr(layout, region) :][:WORD] != after[getattr(layout, region) :][:WORD]

@@ -33,7 +33,7 @@ AFFINITY = (
     Mutant(
         "batch composition without clamp",
         "composed maps keep the clamp",
-        "routing.publication:_compose_maps",
+        "routing.publication:compose_maps",
         (
             (
                 "            put_score(map_at + WORD, min(score_at(map_at + WORD), power * max_score + later))\n",
@@ -57,11 +57,11 @@ AFFINITY = (
     Mutant(
         "words read late",
         "a batch loads its words before it takes its ticks: the clock is then later than they are",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (
             (
-                "    _compose_maps(words, experts_at, tokens)\n",
-                "    _compose_maps(words, experts_at, tokens)\n    start = advance_clock(words[p.CLOCK], tokens)\n",
+                "    compose_maps(words, experts_at, tokens)\n",
+                "    compose_maps(words, experts_at, tokens)\n    start = advance_clock(words[p.CLOCK], tokens)\n",
             ),
             (
                 "    start = advance_clock(words[p.CLOCK], tokens)  # after the words\n",
@@ -81,7 +81,7 @@ AFFINITY = (
         "put off too long",
         "what was put off is published when as much is together as may be",
         "routing.publication:publish",
-        ((" or words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:", ":"),),
+        (("    if words[p.PENDING_TOKENS] == words[p.MOST_PENDING]:", "    if False:"),),
         ("affinity-put-off",),
     ),
     Mutant(
@@ -94,14 +94,14 @@ AFFINITY = (
     Mutant(
         "one tick for all that was put off",
         "tokens that are published together take a tick each",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (("advance_clock(words[p.CLOCK], tokens)", "advance_clock(words[p.CLOCK], 1)"),),
         ("affinity-put-off",),
     ),
     Mutant(
         "no restamp",
         "whoever moves a clock over a multiple of 2^28 restamps the layer",
-        "routing.publication:_publish_batch",
+        "routing.publication:publish_batch",
         (("    if crosses_restamp(start, tokens):", "    if False:"),),
         ("affinity-restamped",),
     ),
