@@ -120,7 +120,7 @@ class Recorder:
             self.path.unlink()
             raise RecordingError(
                 f"{self.path} cannot be made: {error.strerror}; recording begins with "
-                f"{self._header_bytes + CHUNKS_AHEAD * self._chunk_bytes} bytes for each worker"
+                f"{self._header_bytes + (CHUNKS_AHEAD + 1) * self._chunk_bytes} bytes for each worker"
             ) from error
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._grow_ahead, name="shmroute-recorder", daemon=True)
