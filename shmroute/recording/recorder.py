@@ -85,7 +85,7 @@ class Recorder:
         layout = r.layout_of(config)
         settings = config.to_json().encode()
         self._chunk_bytes = layout.record_bytes * a.CHUNK_RECORDS
-        self._header_bytes = -(-(r.HEADER_WORDS * WORD + len(settings)) // r.PAGE) * r.PAGE
+        self._header_bytes = r.header_bytes(len(settings))
         self.path = prepare_folder(config.recording) / f"{uuid[:8]}-lane{lane:02}-{generation}-{os.getpid()}{r.SUFFIX}"
         self._words = np.zeros(a.RECORDER_WORDS, np.int64)
         self.address: int = self._words.ctypes.data
