@@ -324,6 +324,7 @@ def test_the_fingerprint_tells_settings_apart(field: str) -> None:
         "num_layers": {"num_layers": 5, "layer_numbers": ()}, "num_experts": 9, "top_k": 3, "expert_bytes": 10_001,
         "slots": 6, "router": RouterConfig(), "affinity": AffinityConfig(), "pager": PagerConfig(), "max_workers": 8,
         "layer_numbers": (0, 1, 2, 3), "hidden_size": 64, "tensors": (), "source_fingerprint": "abd",
+        "trace": "/elsewhere",
     }  # fmt: skip
     change = other[field] if isinstance(other[field], dict) else {field: other[field]}
     assert dataclasses.replace(FULL, **change).fingerprint != FULL.fingerprint

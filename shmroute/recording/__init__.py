@@ -9,7 +9,8 @@ A worker may be killed at any instruction: what it had written stays readable.
 |---|---|
 | `records` | the format of a file, word by word |
 | `append` | the kernels that write records |
-| `recorder` | one process's file: made, grown ahead of need, ended |
+| `grow`, `system` | how a file grows ahead of need; the system calls of that |
+| `recorder` | one process's file: made, grown by a thread, ended |
 
 `shmroute.traces` reads the files, and merges those of a run (`recorded_files`, `merging`).
 """

@@ -1,7 +1,7 @@
 """The kernels that append records: no lock, no system call, no allocation.
 
 A process's recorder is a block of private words, whose address the plans of its routers hold; 0 there means that
-nothing is recorded, and costs a branch. Behind it is a file, mapped chunk by chunk (`shmroute.recording.recorder`).
+nothing is recorded, and costs a branch. Behind it is a file, mapped chunk by chunk (`shmroute.recording.grow`).
 
 | word | meaning | written by |
 |---|---|---|
@@ -18,15 +18,12 @@ Progress: lock-free; obstructed only by reservations of other threads of the sam
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Final
+from typing import Final
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 from shmroute.recording import records as r
+from shmroute.recording.system import thread_id
 from shmroute.shared.atomic import WORD, cas, f32_array, fetch_add, i32_array, i64_array, load, store
 from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.metrics import LaneCounter
@@ -39,7 +36,14 @@ NUM_EXPERTS: Final = 3
 TOP_K: Final = 4
 WITH_LOGITS: Final = 5
 COUNTERS: Final = 6  # address of the lane's
-CHUNK_TABLE: Final = 7
+# Of the growing thread alone (`shmroute.recording.grow`), but for ENDED.
+DESCRIPTOR: Final = 7
+HEADER_BYTES: Final = 8
+OLDEST: Final = 9  # the first chunk that is still mapped
+FOLLOWING: Final = 10  # the chunk that comes next
+RESERVED_BEFORE: Final = 11  # records reserved at the last look
+ENDED: Final = 12  # 1: stop growing
+CHUNK_TABLE: Final = 13
 
 CHUNK_BITS: Final = 14
 CHUNK_RECORDS: Final = 1 << CHUNK_BITS
@@ -47,25 +51,6 @@ TABLE_CHUNKS: Final = 64
 RECORDER_WORDS: Final = CHUNK_TABLE + TABLE_CHUNKS
 
 COUNT_BITS: Final = 24  # more than a table of chunks has records
-
-
-@intrinsic
-def _thread_id(typingctx: Any) -> Any:
-    word = ir.IntType(64)
-
-    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), "pthread_self")
-        return builder.call(function, [])
-
-    return types.int64(), body
-
-
-def thread_id() -> int:
-    """This thread's id; one that has ended may leave its id to another."""
-    return threading.get_ident()  # pthread_self too
-
-
-overload(thread_id)(lambda: lambda: _thread_id())
 
 
 @inner
@@ -155,19 +140,3 @@ def append_wait(recorder: int, layer: int, expert: int, ns: int) -> None:
     number = reserved >> COUNT_BITS
     at = begin_record(recorder, number, r.WAIT, layer, 0, ns, expert)
     store(at + r.COMMIT * WORD, number + 1)
-
-
-@kernel(types.void(types.int64, types.int64, types.int64))
-def offer_chunk(recorder: int, chunk: int, address: int) -> None:
-    """Let writers use the chunk that comes next, mapped at an address. Only the growing thread may call this."""
-    store(recorder + (CHUNK_TABLE + (chunk & (TABLE_CHUNKS - 1))) * WORD, address)
-    store(recorder + READY * WORD, (chunk + 1) << CHUNK_BITS)  # linearization point
-
-
-@kernel(types.int64(types.int64, types.int64, types.int64))
-def committed_records(chunk: int, first: int, record_bytes: int) -> int:
-    """How many records of a chunk, whose first is number `first`, are committed, from the first on."""
-    for i in range(CHUNK_RECORDS):
-        if load(chunk + i * record_bytes + r.COMMIT * WORD) != first + i + 1:
-            return i
-    return CHUNK_RECORDS

@@ -116,6 +116,11 @@ class RecordLayout:
         return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": self.record_bytes})
 
 
+def header_bytes(config_bytes: int) -> int:
+    """Bytes of a header whose settings have so many, in whole pages."""
+    return -(-(HEADER_WORDS * WORD + config_bytes) // PAGE) * PAGE
+
+
 def layout_of(config: RuntimeConfig) -> RecordLayout:
     """The layout that a runtime's settings ask for.
 

@@ -102,17 +102,18 @@ def read_file(path: Path) -> RecordedFile | None:
         except (ConfigError, UnicodeDecodeError) as error:
             raise TraceError(str(path), f"its header is damaged: {error}") from error
         header_bytes, reserved = int(words[r.HEADER_BYTES]), int(words[r.HEADER_NEXT])
-        if words[r.HEADER_RECORD_BYTES] != layout.record_bytes or header_bytes % r.PAGE or header_bytes <= 0:
+        wanted = (layout.record_bytes, r.header_bytes(config_bytes))
+        if (words[r.HEADER_RECORD_BYTES], header_bytes) != wanted or reserved < 0:
             raise TraceError(str(path), "its header is damaged: it contradicts itself")
         present = max(path.stat().st_size - header_bytes, 0) // layout.record_bytes
         file.seek(header_bytes)
-        records = np.fromfile(file, layout.dtype, min(reserved, present)) if reserved > 0 else np.zeros(0, layout.dtype)
+        records = np.fromfile(file, layout.dtype, min(reserved, present))
     finished = records["commit"] == np.arange(1, len(records) + 1)
     possible = _possible(records, config)
     return RecordedFile(
         path, words[r.HEADER_UUID : r.HEADER_UUID + 2].tobytes().hex(), config, int(words[r.HEADER_LANE]),
         int(words[r.HEADER_GENERATION]), int(words[r.HEADER_PID]), records[finished & possible],
-        max(reserved, 0) - int(finished.sum()), int((finished & ~possible).sum()), int(words[r.HEADER_DROPPED]),
+        reserved - int(finished.sum()), int((finished & ~possible).sum()), int(words[r.HEADER_DROPPED]),
         int(words[r.HEADER_ERRNO]), bool(words[r.HEADER_ENDED]),
     )  # fmt: skip
 

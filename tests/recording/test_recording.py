@@ -219,12 +219,10 @@ def test_settings_survive_the_header(tmp_path: Path) -> None:
 ALLOCATING = """
 import sys, gc
 import numpy as np
-import shmroute.recording.recorder
 from runtimes import small_config, unique_name
 from shmroute import create
 from shmroute.config import TraceConfig
 
-shmroute.recording.recorder.LOOK_EVERY = 1e6  # its thread sleeps: what it allocates is not the hot path's
 config = small_config(num_experts=64, top_k=4, trace=TraceConfig(sys.argv[1], logits=True))
 with create(unique_name(), config, progress=None) as runtime:
     route_into = runtime.router(0).route_into

@@ -32,13 +32,13 @@ RECORDING = (
     Mutant(
         "room before its chunk",
         "a chunk's address is stored before READY covers it",
-        "recording.append:offer_chunk",
+        "recording.grow:offer_chunk",
         (
-            ("    store(recorder + (CHUNK_TABLE + (chunk & (TABLE_CHUNKS - 1))) * WORD, address)\n", ""),
+            ("    store(recorder + (a.CHUNK_TABLE + (chunk & (a.TABLE_CHUNKS - 1))) * WORD, address)\n", ""),
             (
-                "    store(recorder + READY * WORD, (chunk + 1) << CHUNK_BITS)  # linearization point\n",
-                "    store(recorder + READY * WORD, (chunk + 1) << CHUNK_BITS)\n"
-                "    store(recorder + (CHUNK_TABLE + (chunk & (TABLE_CHUNKS - 1))) * WORD, address)\n",
+                "    store(recorder + a.READY * WORD, (chunk + 1) << a.CHUNK_BITS)  # linearization point\n",
+                "    store(recorder + a.READY * WORD, (chunk + 1) << a.CHUNK_BITS)\n"
+                "    store(recorder + (a.CHUNK_TABLE + (chunk & (a.TABLE_CHUNKS - 1))) * WORD, address)\n",
             ),
         ),
         ("recording",),

@@ -16,7 +16,8 @@ from runtimes import Memory as Block
 
 from shmroute.recording import append as a
 from shmroute.recording import records as r
-from shmroute.recording.append import append_route, append_wait, offer_chunk
+from shmroute.recording.append import append_route, append_wait
+from shmroute.recording.grow import offer_chunk
 from shmroute.shared.atomic import WORD, load
 from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter
 
