@@ -55,7 +55,7 @@ class Served:
 def bring(table: int, key: int, used: int) -> int:
     """Make an expert resident that is not; how many slots have been used so far."""
     words = i64_array(table, t.TABLE_WORDS)
-    experts, row_bytes = words[t.NUM_EXPERTS], words[t.ROW_BYTES]
+    experts = words[t.NUM_EXPERTS]
     slot = used
     if used < words[t.SLOTS]:
         used += 1
@@ -112,7 +112,7 @@ def serve(
         end, how many were wanted.
     """
     words = i64_array(table, t.TABLE_WORDS)
-    experts, row_bytes = words[t.NUM_EXPERTS], words[t.ROW_BYTES]
+    experts = words[t.NUM_EXPERTS]
     boost = f64_array(words[t.NUMBERS], 4)[t.BOOST]
     used, loaded, useful = 0, 0, 0
     for step in range(len(layers)):
