@@ -25,6 +25,7 @@ from shmroute.routing import MemoryAwareRouter
 from shmroute.shared.affinity import ExpertAffinity, checked_ids
 from shmroute.shared.metrics import snapshot_words
 from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
 from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
@@ -194,6 +195,37 @@ class Runtime:
         """
         layer = self._checked_layer(layer)
         return prefetch(self._lease_table(), layer, experts, self.config.num_experts)
+
+    def smart_prefetch(self, layer: int, lookahead: int) -> list[PagingRequest]:
+        """Hint that the absent experts of highest affinity will be wanted soon.
+
+        Parameters
+        ----------
+        layer : int
+        lookahead : int
+            How many of the layer's absent experts to ask for, the best by affinity first; ties go to the lower id. All
+            of them, if there are fewer.
+
+        Returns
+        -------
+        list of PagingRequest
+            What this queued, best first: not what was requested or loading already, nor what failed of late.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or `lookahead` is negative.
+        """
+        layer = self._checked_layer(layer)
+        if not isinstance(lookahead, int | np.integer) or isinstance(lookahead, bool) or lookahead < 0:
+            raise ValueError(f"lookahead must be an integer, 0 or more, not {lookahead!r}")
+        leases, resident = self._lease_table(), set(self.resident(layer))
+        absent = [expert for expert in self.affinity(layer).top(self.config.num_experts) if expert not in resident]
+        return [
+            PagingRequest(layer, expert, PagingDirection.IN, PagingPriority.PREFETCH)
+            for expert in absent[: int(lookahead)]
+            if prefetch(leases, layer, [expert], self.config.num_experts)
+        ]
 
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""
