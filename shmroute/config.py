@@ -17,6 +17,9 @@ from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
 
+BUDGET_MEASURES = ("changed",)
+"""What a quality budget may be measured by."""
+
 NO_SOURCE = "this runtime was made without a checkpoint: it routes, but there are no weights to load"
 
 
@@ -61,6 +64,12 @@ class RouterConfig:
         Scale the chosen experts' softmax weights to sum to 1. A checkpoint's own rule replaces this.
     metrics : bool
         Time every routing call. Hits, misses and requests are counted in any case.
+    quality_budget : float or None
+        What the bonus may cost, in (0, 0.5]: each layer's bonus is steered so that the mean cost of a token in that
+        layer is just this, from `cache_bonus` on. A token counts where some but not all experts of the layer are
+        resident. None leaves every bonus as it is set.
+    budget_measure : {"changed"}
+        What the cost of a token is: the share of its choices that the bonus changed.
     """
 
     cache_bonus: float = 0.15
@@ -68,12 +77,21 @@ class RouterConfig:
     memory_aware: bool = True
     renormalize: bool = True
     metrics: bool = True
+    quality_budget: float | None = None
+    budget_measure: str = "changed"
 
     def __post_init__(self) -> None:
         require_float("cache_bonus", self.cache_bonus, 0, 1e6)
         require(self.bonus_on == "logits", f"bonus_on must be 'logits', not {self.bonus_on!r}")
         for name in ("memory_aware", "renormalize", "metrics"):
             require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+        require(
+            isinstance(self.budget_measure, str) and self.budget_measure in BUDGET_MEASURES,
+            f"budget_measure must be one of {', '.join(BUDGET_MEASURES)}, not {self.budget_measure!r}",
+        )
+        if self.quality_budget is not None:
+            require_float("quality_budget", self.quality_budget, 0, 0.5, above=True)
+            require(self.memory_aware, "a quality_budget is spent by the cache bonus: it needs memory_aware=True")
 
 
 @dataclass(frozen=True)
@@ -272,6 +290,9 @@ class RuntimeConfig:
         path = "CHECKPOINT" if self.source is None else self.source.arguments.get("path", "CHECKPOINT")
         words = ["shmroute", "pager", str(path), "--name", name, "--budget", str(self.budget_bytes)]
         words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
+        if self.router.quality_budget is not None:
+            words += ["--quality-budget", str(self.router.quality_budget)]
+            words += ["--budget-measure", self.router.budget_measure]
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
         words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]

@@ -95,6 +95,13 @@ def test_an_eviction_policy_is_one_that_there_is(value: object) -> None:
         PagerConfig(eviction=value)  # type: ignore[arg-type]
 
 
+def test_the_command_of_a_pager_names_a_quality_budget() -> None:
+    assert "--quality-budget" not in RuntimeConfig(**PLAIN).pager_command("n")
+    budget = RouterConfig(quality_budget=0.02, budget_measure="changed")
+    command = RuntimeConfig(**PLAIN, router=budget).pager_command("n")
+    assert "--quality-budget 0.02 --budget-measure changed" in command
+
+
 def test_the_command_of_a_pager_names_its_policy_unless_it_is_the_default() -> None:
     assert "--eviction" not in RuntimeConfig(**PLAIN).pager_command("n")
     assert "--eviction lfu" in RuntimeConfig(**PLAIN, pager=PagerConfig(eviction="lfu")).pager_command("n")

@@ -11,7 +11,7 @@ import typer
 
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import human_bytes, note
-from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.config import BUDGET_MEASURES, PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -47,6 +47,16 @@ def pager(
     bonus: Annotated[
         float, typer.Option(help="Added to a resident expert's logit when experts are chosen.")
     ] = RouterConfig.cache_bonus,
+    quality_budget: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="What the bonus may cost a token on average, 0 to 0.5; each layer's is steered by it.",
+        ),
+    ] = RouterConfig.quality_budget,
+    budget_measure: Annotated[
+        str, typer.Option(help=f"What that cost is: {', '.join(BUDGET_MEASURES)}.")
+    ] = RouterConfig.budget_measure,
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
@@ -67,7 +77,7 @@ def pager(
     config = RuntimeConfig.from_checkpoint(
         checkpoint,
         budget,
-        router=RouterConfig(cache_bonus=bonus),
+        router=RouterConfig(cache_bonus=bonus, quality_budget=quality_budget, budget_measure=budget_measure),
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
     )

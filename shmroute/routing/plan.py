@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numba import types
 
+from shmroute.routing.quality_budget import BLOCK_WORDS, fill_block
 from shmroute.routing.selection import scratch_length
 from shmroute.shared.atomic import WORD, cas, forget_views, load
 from shmroute.shared.kernel import kernel
@@ -74,7 +75,8 @@ FLOAT32: Final = 41
 INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
-PLAN_WORDS: Final = 45
+BUDGET: Final = 45  # address of int64 [BLOCK_WORDS], see `shmroute.routing.quality_budget`; 0 without a budget
+PLAN_WORDS: Final = 46
 
 IDLE: Final = 0
 IN_USE: Final = 1
@@ -146,6 +148,10 @@ class Plan:
         ):
             words[word] = self._block(count, dtype).ctypes.data
         self.queued = self._scratch[-1]
+        if config.router.quality_budget is not None:
+            block = self._block(BLOCK_WORDS, np.int64)
+            fill_block(block, int(words[BONUS]), config)
+            words[BUDGET] = block.ctypes.data
 
     def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
         block = np.zeros(count, dtype)

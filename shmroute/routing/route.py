@@ -20,6 +20,7 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.routing import plan as p
+from shmroute.routing.quality_budget import observe
 from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
@@ -48,7 +49,7 @@ from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
-from shmroute.shared.words import NORMAL, PAGE_IN, pack_request, unpack_bonus
+from shmroute.shared.words import BONUS_ONE, NORMAL, PAGE_IN, pack_request, unpack_bonus
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
 RING_BELL: Final = 1 << 40
@@ -198,6 +199,16 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
 
 
 @inner
+def _spend(words: npt.NDArray[np.int64], tokens: int, misses: int) -> None:
+    """Charge the layer's quality budget with what the bonus changed, if it could change anything."""
+    resident = 0
+    for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
+        resident += count_bits(word_at(words[p.SNAPSHOT] + i * WORD))
+    if 0 < resident < words[p.NUM_EXPERTS]:
+        observe(words[p.BUDGET], tokens, words[p.CHANGED] * BONUS_ONE // words[p.TOP_K], misses > 0)
+
+
+@inner
 def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     """Second pass: what `route` returns."""
     counters, misses = words[p.COUNTERS], tokens * words[p.TOP_K] - words[p.HITS]
@@ -210,6 +221,8 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
             words[p.BELL_WORD] = heard(words[p.BELL], 0)
             if words[p.BELL_WORD] != 0:
                 code = misses | RING_BELL
+    if words[p.BUDGET] != 0:
+        _spend(words, tokens, misses)
     store(words[p.CURSOR], words[p.LAYER])
     fetch_add(counters + LaneCounter.CALLS * WORD, 1)
     fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)

@@ -113,6 +113,34 @@ DESTROYING: Final = 2
 # Bonus: what a resident expert's logit is raised by, value x 2^32.
 BONUS_ONE: Final = 1 << 32
 
+# Account: what a layer's tokens spent of its quality budget since the last adjustment of the bonus.
+#
+#   63  62      53 52         35 34                 0
+#   +--+----------+-------------+--------------------+
+#   |0 | missing  | tokens      | amount x 2^16      |
+#   +--+----------+-------------+--------------------+
+#
+# `amount` is at most 1 for each token; `missing` counts the additions in which a choice missed. It grows by fetch_add;
+# each of 32 workers may have added ACCOUNT_STEP_LIMIT tokens before one of them takes it.
+ACCOUNT_ONE_BITS: Final = 16
+ACCOUNT_TOKENS_SHIFT: Final = 35
+ACCOUNT_TOKENS_BITS: Final = 18
+ACCOUNT_MISSING_SHIFT: Final = 53
+ACCOUNT_MISSING_BITS: Final = 10
+ACCOUNT_STEP_LIMIT: Final = 1 << 12
+
+# Control: where the steering of a layer's bonus stands.
+#
+#   63     48 47     32 31              0
+#   +--------+---------+----------------+
+#   | steps  | jumps   | adjustments    |
+#   +--------+---------+----------------+
+#
+# `steps` of tracking, 0 while it searches; `jumps`, steps of the search, and all `adjustments`, modulo their widths.
+CONTROL_JUMPS_SHIFT: Final = 32
+CONTROL_STEPS_SHIFT: Final = 48
+CONTROL_FIELD_BITS: Final = 16
+
 # Wait word: the one expert that a worker waits for; 0 for none.   layer:10 . expert:12, plus 1
 # Failure: why an expert could not be loaded, and when it may be tried again.
 #
@@ -259,6 +287,57 @@ def pack_bonus(value: float) -> int:
 def unpack_bonus(word: int) -> float:
     """The bonus of a word; rounded to nine decimals it is what was packed, if that had no more."""
     return word / BONUS_ONE
+
+
+@inner
+def pack_account(missing: int, tokens: int, amount: int) -> int:
+    """An account word, or what is added to one; `amount` in units of 2^-16."""
+    return signed((missing << ACCOUNT_MISSING_SHIFT) | (tokens << ACCOUNT_TOKENS_SHIFT) | amount)
+
+
+@inner
+def account_missing(word: int) -> int:
+    """In how many additions to an account a choice missed."""
+    return (word >> ACCOUNT_MISSING_SHIFT) & ((1 << ACCOUNT_MISSING_BITS) - 1)
+
+
+@inner
+def account_tokens(word: int) -> int:
+    """The tokens of an account."""
+    return (word >> ACCOUNT_TOKENS_SHIFT) & ((1 << ACCOUNT_TOKENS_BITS) - 1)
+
+
+@inner
+def account_amount(word: int) -> int:
+    """What an account's tokens spent, in units of 2^-16."""
+    return word & ((1 << ACCOUNT_TOKENS_SHIFT) - 1)
+
+
+@inner
+def pack_control(steps: int, jumps: int, adjustments: int) -> int:
+    """A control word; each field is taken modulo its width."""
+    field = (1 << CONTROL_FIELD_BITS) - 1
+    return signed(
+        ((steps & field) << CONTROL_STEPS_SHIFT) | ((jumps & field) << CONTROL_JUMPS_SHIFT) | (adjustments & LOW32)
+    )
+
+
+@inner
+def control_steps(word: int) -> int:
+    """Steps of tracking, 0 while the controller searches."""
+    return (word >> CONTROL_STEPS_SHIFT) & ((1 << CONTROL_FIELD_BITS) - 1)
+
+
+@inner
+def control_jumps(word: int) -> int:
+    """Steps of the search, modulo 2^16."""
+    return (word >> CONTROL_JUMPS_SHIFT) & ((1 << CONTROL_FIELD_BITS) - 1)
+
+
+@inner
+def control_adjustments(word: int) -> int:
+    """Steps of either kind, modulo 2^32."""
+    return word & LOW32
 
 
 @inner

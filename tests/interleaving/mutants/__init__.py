@@ -8,8 +8,9 @@ from .lanes import LANES
 from .leases import LEASES
 from .lifecycle import LIFECYCLE
 from .metrics import METRICS
+from .quality_budget import QUALITY_BUDGET
 from .ring import RING
 from .takeover import TAKEOVER
 
-MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE
+MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + QUALITY_BUDGET
 """Every mutant."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, quality_budget, ring
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -40,5 +40,7 @@ WORLDS: dict[str, type[World]] = {
     "threads": paging.Threads,
     "takeover": paging.Takeover,
     "takeover-of-one-slot": paging.TakeoverOfOneSlot,
+    "quality-budget": quality_budget.QualityBudget,
+    "quality-budget-batches": quality_budget.QualityBudgetBatches,
 }
 """Every world, by the name that schedules are printed with."""
