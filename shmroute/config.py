@@ -13,6 +13,7 @@ from typing import Any
 from shmroute.budget import slot_bytes_of, slots_of_budget
 from shmroute.errors import CheckpointError, ConfigError
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
+from shmroute.pager.prefetch.names import DEFAULT_PREDICTORS, PREDICTORS
 from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
@@ -107,7 +108,11 @@ class PagerConfig:
     tick : float
         Seconds an idle pager sleeps at most; each tick sweeps the tables and looks for the dead.
     prefetch : int
-        Prefetches by affinity that may be queued or loading at once; 0 turns them off.
+        Prefetches of the pager's own idea that may be queued or loading at once; 0 turns them off.
+    predictors : tuple of str
+        Whose idea they may be: ``affinity`` (what was used much of late), ``previous-token`` (what the last tokens
+        used), ``transitions`` (what follows the experts just chosen in the layer before, as learnt), and ``gate``:
+        what workers speculate (`Runtime.speculate`). Users' hints are taken in any case.
     prefetch_stale : float
         Seconds after which a prefetch that has not started is cancelled.
     retry_after : float
@@ -121,6 +126,7 @@ class PagerConfig:
     drop_page_cache: bool = True
     tick: float = 0.25
     prefetch: int = 2
+    predictors: tuple[str, ...] = DEFAULT_PREDICTORS
     prefetch_stale: float = 1.0
     retry_after: float = 0.1
     eviction: str = DEFAULT_POLICY
@@ -129,6 +135,12 @@ class PagerConfig:
         require_int("io_threads", self.io_threads, 1, 64)
         require_float("tick", self.tick, 0.01, 10)
         require_int("prefetch", self.prefetch, 0, 1024)
+        require(
+            isinstance(self.predictors, tuple)
+            and all(isinstance(name, str) and name in PREDICTORS for name in self.predictors)
+            and len(set(self.predictors)) == len(self.predictors),
+            f"predictors must be a tuple of some of {', '.join(PREDICTORS)}, each once, not {self.predictors!r}",
+        )
         require_float("prefetch_stale", self.prefetch_stale, 0, 3600, above=True)
         require_float("retry_after", self.retry_after, 0.001, 30)
         require(isinstance(self.drop_page_cache, bool), "drop_page_cache must be True or False")
@@ -313,11 +325,11 @@ class RuntimeConfig:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            source = data.pop("source")
+            source, pager = data.pop("source"), data.pop("pager")
             return cls(
                 router=RouterConfig(**data.pop("router")),
                 affinity=AffinityConfig(**data.pop("affinity")),
-                pager=PagerConfig(**data.pop("pager")),
+                pager=PagerConfig(**(pager | {"predictors": tuple(pager["predictors"])})),
                 layer_numbers=tuple(data.pop("layer_numbers")),
                 tensors=tuple(
                     TensorLayout(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data.pop("tensors")

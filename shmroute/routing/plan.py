@@ -76,7 +76,11 @@ INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
 BUDGET: Final = 45  # address of int64 [BLOCK_WORDS], see `shmroute.routing.quality_budget`; 0 without a budget
-PLAN_WORDS: Final = 46
+TRAIL: Final = 46  # the worker's memory, see `shmroute.shared.successors`; 0 if nothing is learnt
+SUCCESSORS: Final = 47  # that table, and bytes of a layer
+SUCCESSOR_ROW_BYTES: Final = 48
+NUM_LAYERS: Final = 49
+PLAN_WORDS: Final = 50
 
 IDLE: Final = 0
 IN_USE: Final = 1
@@ -100,9 +104,11 @@ class Plan:
     layer, lane : int
     powers : int
         Address of the affinity's power table, which outlives the plan.
+    trail : int
+        Address of the worker's memory of what it chose last, which outlives it too; 0 if successors are not learnt.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int) -> None:
+    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, trail: int = 0) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []
@@ -132,6 +138,8 @@ class Plan:
         words[COUNTERS] = base + layout.lane(lane) + LANE_SHARD
         words[HISTOGRAM] = words[COUNTERS] + LANE_COUNTERS * WORD
         words[POWERS] = powers
+        words[TRAIL], words[NUM_LAYERS] = trail, config.num_layers
+        words[SUCCESSORS], words[SUCCESSOR_ROW_BYTES] = base + layout.successors, layout.successor_row_bytes
 
         parameters = self._block(2, np.float64)
         parameters[:] = config.affinity.activation_boost, config.affinity.max_score

@@ -49,6 +49,7 @@ from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
+from shmroute.shared.successors import learn
 from shmroute.shared.words import BONUS_ONE, NORMAL, PAGE_IN, pack_request, unpack_bonus
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
@@ -223,6 +224,12 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
                 code = misses | RING_BELL
     if words[p.BUDGET] != 0:
         _spend(words, tokens, misses)
+    if words[p.TRAIL] != 0:
+        last = experts_at + (tokens - 1) * words[p.TOP_K] * ID
+        learn(
+            words[p.SUCCESSORS], words[p.SUCCESSOR_ROW_BYTES], words[p.NUM_LAYERS], words[p.NUM_EXPERTS],
+            words[p.TRAIL], words[p.LAYER], last, words[p.TOP_K],
+        )  # fmt: skip
     store(words[p.CURSOR], words[p.LAYER])
     fetch_add(counters + LaneCounter.CALLS * WORD, 1)
     fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)

@@ -65,7 +65,8 @@ class MemoryAwareRouter:
         self._num_experts, self._top_k = config.num_experts, config.top_k
         lane = attachment.lane().number
         self._hot, self._second = (
-            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data) for _ in range(2)
+            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data, attachment.trail_address)
+            for _ in range(2)
         )
         # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
         self._address = self._hot.address

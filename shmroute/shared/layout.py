@@ -73,6 +73,7 @@ def _constants_fingerprint() -> int:
     }
     constants |= {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
     constants |= {repr(counter): counter for counter in (*metrics.LaneCounter, *metrics.PagerCounter)}
+    constants |= {repr(word): word for word in (*metrics.Predictor, *metrics.PrefetchOutcome)}
     digest = hashlib.sha256(repr(sorted(constants.items())).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -112,6 +113,7 @@ class Layout:
     ring_bits: int = field(init=False)
     row_bytes: int = field(init=False)
     resident_row_bytes: int = field(init=False)
+    successor_row_bytes: int = field(init=False)
     lane_bytes: int = field(init=False)
     clock: int = field(init=False)
     bonus: int = field(init=False)
@@ -121,6 +123,7 @@ class Layout:
     checksums: int = field(init=False)
     failures: int = field(init=False)
     resident: int = field(init=False)
+    successors: int = field(init=False)
     ring: int = field(init=False)
     lanes: int = field(init=False)
     pager: int = field(init=False)
@@ -142,6 +145,7 @@ class Layout:
         # Each layer's rows start on a line, so that layers never share one.
         put(self, "row_bytes", _round_up(self.num_experts * WORD, LINE))
         put(self, "resident_row_bytes", _round_up(-(-self.num_experts // 64) * WORD, LINE))
+        put(self, "successor_row_bytes", _round_up(self.num_experts * words.SUCCESSORS * WORD, LINE))
         put(self, "lane_bytes", _round_up(LANE_BASELINE + metrics.LANE_SHARD_WORDS * WORD, LINE))
         # Room for a demand of every expert, up to 8192. Upgrades and hints push too, so it may be full all the same;
         # the sweep then finds what was not pushed.
@@ -152,6 +156,7 @@ class Layout:
         for name in ("affinity", "activations", "experts", "checksums", "failures"):
             region(name, self.num_layers * self.row_bytes)
         region("resident", self.num_layers * self.resident_row_bytes)
+        region("successors", self.num_layers * self.successor_row_bytes)
         region("ring", RING_ENTRIES + (WORD << self.ring_bits))
         region("lanes", self.max_workers * self.lane_bytes)
         region("pager", metrics.PAGER_SHARD_WORDS * WORD)

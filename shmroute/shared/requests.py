@@ -27,6 +27,7 @@ from shmroute.shared.words import (
     request_expert,
     request_layer,
     request_priority,
+    speculative,
 )
 
 
@@ -105,3 +106,22 @@ def submit_request(
 ) -> int:  # fmt: skip
     """`submit`, from Python."""
     return submit(word_address, failure_address, ring, bits, counters, layer, expert, priority, lane)
+
+
+@kernel(
+    types.int64(
+        types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64
+    )
+)  # fmt: skip
+def submit_speculation(
+    word_address: int, failure_address: int, ring: int, bits: int, counters: int, layer: int, expert: int, lane: int
+) -> int:
+    """Ask for an expert that a gate's speculation expects: as `submit`, at the lowest priority, and marked."""
+    code = request(word_address, failure_address, PREFETCH)
+    if code == QUEUE:
+        request_word = speculative(pack_request(layer, expert, PAGE_IN, PREFETCH, lane))
+        if push(ring, bits, request_word) == PUSHED:
+            fetch_add(counters + LaneCounter.REQUESTS * WORD, 1)
+        else:
+            fetch_add(counters + LaneCounter.RING_FULL * WORD, 1)
+    return code

@@ -61,10 +61,12 @@ URGENT: Final = 3
 
 # Ring entry: a request, and the lap of the ring in which it was written.
 #
-#   63      32 31 30    25 24        23  22         21     12 11       0
-#   +---------+--+--------+------------+-----------+---------+---------+
-#   | cycle   |0 | lane   | priority   | direction | layer   | expert  |
-#   +---------+--+--------+------------+-----------+---------+---------+
+#   63      32 31    30    25 24        23  22         21     12 11       0
+#   +---------+-----+--------+------------+-----------+---------+---------+
+#   | cycle   |gate | lane   | priority   | direction | layer   | expert  |
+#   +---------+-----+--------+------------+-----------+---------+---------+
+#
+# `gate`: a prefetch that a gate's speculation proposed, not the user.
 CYCLE_SHIFT: Final = 32
 EXPERT_BITS: Final = 12
 LAYER_SHIFT: Final = 12
@@ -73,7 +75,8 @@ DIRECTION_SHIFT: Final = 22
 REQUEST_PRIORITY_SHIFT: Final = 23
 LANE_SHIFT: Final = 25
 LANE_BITS: Final = 6
-REQUEST_BITS: Final = 31
+GATE_SHIFT: Final = 31
+REQUEST_BITS: Final = 32
 
 PAGE_IN: Final = 0
 PAGE_OUT: Final = 1
@@ -140,6 +143,16 @@ ACCOUNT_STEP_LIMIT: Final = 1 << 12
 CONTROL_JUMPS_SHIFT: Final = 32
 CONTROL_STEPS_SHIFT: Final = 48
 CONTROL_FIELD_BITS: Final = 16
+
+# Follow: an expert of the next layer that follows an expert's choice, and how often; 0 for none.
+#
+#   63        45 44      32 31                0
+#   +-----------+----------+------------------+
+#   | 0         | expert+1 | share x 2^31     |
+#   +-----------+----------+------------------+
+SUCCESSORS: Final = 4
+FOLLOW_ONE: Final = 1 << 31
+FOLLOW_EXPERT_SHIFT: Final = 32
 
 # Wait word: the one expert that a worker waits for; 0 for none.   layer:10 . expert:12, plus 1
 # Failure: why an expert could not be loaded, and when it may be tried again.
@@ -254,6 +267,18 @@ def request_lane(request: int) -> int:
 
 
 @inner
+def speculative(request: int) -> int:
+    """The same request, marked as proposed by a gate's speculation."""
+    return request | (1 << GATE_SHIFT)
+
+
+@inner
+def request_speculative(request: int) -> int:
+    """Whether a gate's speculation proposed a request: 1 or 0."""
+    return (request >> GATE_SHIFT) & 1
+
+
+@inner
 def pack_wait(layer: int, expert: int) -> int:
     """A wait word that names an expert; never 0."""
     return ((layer << LAYER_SHIFT) | expert) + 1
@@ -287,6 +312,24 @@ def pack_bonus(value: float) -> int:
 def unpack_bonus(word: int) -> float:
     """The bonus of a word; rounded to nine decimals it is what was packed, if that had no more."""
     return word / BONUS_ONE
+
+
+@inner
+def pack_follow(expert: int, share: int) -> int:
+    """A follow word; `expert` is its number plus 1."""
+    return (expert << FOLLOW_EXPERT_SHIFT) | share
+
+
+@inner
+def follow_expert(word: int) -> int:
+    """The expert of a follow word, plus 1; 0 for none."""
+    return (word >> FOLLOW_EXPERT_SHIFT) & ((1 << (EXPERT_BITS + 1)) - 1)
+
+
+@inner
+def follow_share(word: int) -> int:
+    """The share of a follow word, up to `FOLLOW_ONE`."""
+    return word & LOW32
 
 
 @inner
