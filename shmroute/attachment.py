@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from shmroute.budget import too_few_for_workers
 from shmroute.config import open_configured_source
-from shmroute.errors import CheckpointError, ConfigError, NoWorkerLane, RuntimeClosedError
+from shmroute.errors import CheckpointError, ConfigError, NoWorkerLane, RuntimeClosedError, SmallBudgetWarning
 from shmroute.pager_lock import PagerLock
 from shmroute.shared import lanes
 from shmroute.shared.affinity import power_table
@@ -175,6 +176,11 @@ class Attachment:
     def lane(self) -> Lane:
         """The lane of this process, claimed on first use.
 
+        Warns
+        -----
+        SmallBudgetWarning
+            If there are now as many workers as slots.
+
         Raises
         ------
         NoWorkerLane
@@ -187,7 +193,15 @@ class Attachment:
                 self.check_open()
                 if self._lane is None:
                     self._lane = self._claim_lane()
+                    self._warn_of_small_budget(self._lane.number)
         return self._lane
+
+    def _warn_of_small_budget(self, lane: int) -> None:
+        """Lanes are taken from the first on, so with this worker there are at least lane + 1."""
+        config = self.segment.config
+        problem = config.source and too_few_for_workers(config.slots, lane + 1)
+        if problem:
+            warnings.warn(problem, SmallBudgetWarning, stacklevel=4)
 
     def _claim_lane(self) -> Lane:
         segment = self.segment

@@ -41,6 +41,27 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(match[1]) * UNITS[unit])
 
 
+def too_few_for_a_cycle(slots: int, num_layers: int, top_k: int) -> str | None:
+    """What is wrong with a budget that does not hold one token's experts of all layers; None if it does."""
+    cycle = num_layers * top_k
+    if slots >= cycle:
+        return None
+    return (
+        f"{slots} slots are fewer than one token's cycle of {num_layers} layers × {top_k} experts = {cycle}: what a "
+        f"token loads is evicted before the next one comes round; give {cycle} slots or more"
+    )
+
+
+def too_few_for_workers(slots: int, workers: int) -> str | None:
+    """What is wrong with a budget that does not hold an expert for each worker and one more; None if it does."""
+    if slots >= workers + 1:
+        return None
+    return (
+        f"{slots} slots are fewer than {workers} workers + 1 = {workers + 1}: each worker leases one expert while "
+        f"another loads, so workers will wait for each other; give {workers + 1} slots or more"
+    )
+
+
 def slots_of_budget(budget: str | int, experts: int, expert_bytes: int) -> int:
     """How many slots a budget pays for, at most one for each expert.
 

@@ -11,6 +11,10 @@ class ConfigError(ShmrouteError, ValueError):
     """A setting is outside what is allowed; the message says what is."""
 
 
+class SmallBudgetWarning(UserWarning):
+    """The budget can be served, but hardly: the message says what will happen, and which budget would do."""
+
+
 class NonFiniteLogitsError(ShmrouteError, ValueError):
     """A row of gate logits has fewer finite values than experts to choose.
 

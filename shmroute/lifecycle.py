@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from shmroute.budget import too_few_for_a_cycle
 from shmroute.config import RuntimeConfig, describe
-from shmroute.errors import CheckpointError, ConfigError, SegmentError, SegmentExistsError, SegmentNotFoundError
+from shmroute.errors import (
+    CheckpointError,
+    ConfigError,
+    SegmentError,
+    SegmentExistsError,
+    SegmentNotFoundError,
+    SmallBudgetWarning,
+)
 from shmroute.pager.process import pager_alive, standby_alive, start_pager, stop_pager
 from shmroute.pager_lock import PagerLock
 from shmroute.runtime import Runtime
@@ -69,6 +78,11 @@ def create(
     progress : callable, optional
         See `shmroute.shared.kernel.load_kernels`.
 
+    Warns
+    -----
+    SmallBudgetWarning
+        If the slots do not hold one token's experts of all layers.
+
     Raises
     ------
     ConfigError
@@ -89,6 +103,9 @@ def create(
         config = _with_source(config, checkpoint)
     if pager and config.source is None:
         raise ConfigError("pager=True needs a checkpoint to load from: pass checkpoint=, or a config made from one")
+    problem = config.source and too_few_for_a_cycle(config.slots, config.num_layers, config.top_k)
+    if problem:
+        warnings.warn(problem, SmallBudgetWarning, stacklevel=2)
     load_kernels(progress)
     segment = create_or_reclaim(name, config)
     process = None
@@ -120,7 +137,7 @@ def _with_source(config: RuntimeConfig, checkpoint: str | Path | ExpertSource) -
             )
     return dataclasses.replace(
         config,
-        router=dataclasses.replace(config.router, renormalize=geometry.renormalize),
+        router=dataclasses.replace(config.router, **dataclasses.asdict(geometry.scoring)),
         layer_numbers=geometry.layer_numbers,
         hidden_size=geometry.hidden_size,
         tensors=geometry.tensors,

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
-from shmroute.cli.output import human_bytes, note
-from shmroute.config import BUDGET_MEASURES, PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.cli.output import complain, human_bytes, note
+from shmroute.config import BUDGET_MEASURES, RULES, PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -45,7 +46,7 @@ def pager(
     ] = False,
     max_workers: Annotated[int, typer.Option(help="Worker processes at once.")] = RuntimeConfig.max_workers,
     bonus: Annotated[
-        float, typer.Option(help="Added to a resident expert's logit when experts are chosen.")
+        float, typer.Option(help="Strength of the rule; by default what is added to a resident expert's logit.")
     ] = RouterConfig.cache_bonus,
     quality_budget: Annotated[
         float | None,
@@ -57,6 +58,15 @@ def pager(
     budget_measure: Annotated[
         str, typer.Option(help=f"What that cost is: {', '.join(BUDGET_MEASURES)}.")
     ] = RouterConfig.budget_measure,
+    rule: Annotated[
+        str, typer.Option(help=f"How residency is let into the choice: {', '.join(RULES)}.")
+    ] = RouterConfig.rule,
+    top_j: Annotated[
+        int, typer.Option(help="So many of a token's best experts are kept in any case (not by every rule).")
+    ] = RouterConfig.top_j,
+    max_rank: Annotated[
+        int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
+    ] = RouterConfig.max_rank,
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
@@ -77,10 +87,19 @@ def pager(
     config = RuntimeConfig.from_checkpoint(
         checkpoint,
         budget,
-        router=RouterConfig(cache_bonus=bonus, quality_budget=quality_budget, budget_measure=budget_measure),
+        router=RouterConfig(
+            cache_bonus=bonus,
+            rule=rule,
+            top_j=top_j,
+            max_rank=max_rank,
+            quality_budget=quality_budget,
+            budget_measure=budget_measure,
+        ),
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
     )
+    if problem := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k):
+        complain(f"WARNING: {problem}")
     load_kernels(report_compilation)
     segment, created = _segment(name, config)
     with contextlib.closing(segment):

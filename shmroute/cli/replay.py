@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from shmroute.budget import parse_bytes
+from shmroute.budget import parse_bytes, too_few_for_a_cycle, too_few_for_workers
 from shmroute.cli.output import complain, console, human_bytes, human_duration, human_share
 from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
@@ -161,19 +161,10 @@ def chosen_slots(text: str, trace: Trace) -> list[int]:
 
 def warnings(trace: Trace, budgets: list[int], workers: int) -> list[str]:
     """What is wrong with budgets that can be replayed, but hardly served."""
-    cycle, found = trace.num_layers * trace.top_k, []
+    found = []
     for slots in budgets:
-        if slots < workers + 1:
-            found.append(
-                f"{slots} slots are fewer than {workers} workers + 1 = {workers + 1}: each worker leases one expert "
-                f"while another loads, so workers will wait for each other"
-            )
-        if slots < cycle:
-            found.append(
-                f"{slots} slots are fewer than one token's cycle of {trace.num_layers} layers × {trace.top_k} experts "
-                f"= {cycle}: what a token loads is evicted before the next one comes round"
-            )
-    return found
+        found += [too_few_for_workers(slots, workers), too_few_for_a_cycle(slots, trace.num_layers, trace.top_k)]
+    return [problem for problem in found if problem is not None]
 
 
 def as_dict(trace: Trace, workers: int, outcomes: list[Outcome]) -> dict[str, Any]:

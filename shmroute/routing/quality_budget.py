@@ -185,7 +185,7 @@ def observe(block: int, tokens: int, amount: int, missed: bool) -> None:
     tokens : int
         Of the call, in which the bonus could change choices.
     amount : int
-        What they lost in all, value x 2^32: at most 1 each.
+        What they lost in all, value x 2^32 (`MASS_ONE` and `BONUS_ONE` are the same): at most 1 each.
     missed : bool
         Whether a choice missed.
     """

@@ -45,11 +45,12 @@ LANE_BELL: Final = 2 * LINE
 LANE_SHARD: Final = 3 * LINE
 LANE_BASELINE: Final = LANE_SHARD + metrics.LANE_SHARD_WORDS * WORD
 
-# A layer's bonus line: what a resident expert is favoured by, and how that is steered.
+# A layer's bonus line: the strength of its rule, how that is steered, and the spread.
 BONUS_VALUE: Final = 0
 BONUS_ACCOUNT: Final = 1 * WORD
 BONUS_CONTROL: Final = 2 * WORD
 BONUS_MEASURED: Final = 3 * WORD  # moving average of what a token loses, as a bonus word
+BONUS_SPREAD: Final = 4 * WORD
 
 # The ring: two cursors, then the entries.
 RING_HEAD: Final = 0

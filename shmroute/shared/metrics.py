@@ -46,6 +46,7 @@ class LaneCounter(IntEnum):
     LOAD_ERRORS = 11  # ExpertLoadError raised
     LOADS = 12  # loads that its requests started; counted by the pager
     EVICTIONS = 13  # evictions that made room for those; counted by the pager
+    LOST_MASS = 14  # probability that changed choices lost, in units of 1 / MASS_ONE
 
 
 class PagerCounter(IntEnum):
@@ -90,6 +91,8 @@ class PrefetchOutcome(IntEnum):
     OVERTAKEN = 4  # demanded before its load began
     CANCELLED = 5  # stale, or without room, before its load began
 
+
+MASS_ONE = 1 << 32  # stands for all of a token's probability
 
 BUCKETS = 304
 LANE_COUNTERS = len(LaneCounter)
@@ -198,7 +201,7 @@ class WorkerMetrics:
         None for the sum.
     pid : int or None
     counters : dict
-        By the lower-case names of `LaneCounter`.
+        By the lower-case names of `LaneCounter`, in its units.
     route, wait : Histogram
         Latency of routing calls; time that leases waited for loads.
     """
@@ -208,6 +211,14 @@ class WorkerMetrics:
     counters: dict[str, int]
     route: Histogram
     wait: Histogram
+
+    @property
+    def lost_mass(self) -> float:
+        """The probability that changed choices lost, summed over all tokens.
+
+        A token's is what the model gave to its own experts, minus what it gave to those that were chosen.
+        """
+        return self.counters["lost_mass"] / MASS_ONE
 
     @property
     def hit_rate(self) -> float | None:
@@ -228,6 +239,7 @@ class WorkerMetrics:
             "lane": self.lane,
             "pid": self.pid,
             **self.counters,
+            "lost_mass": self.lost_mass,
             "hit_rate": self.hit_rate,
             "route": self.route.as_dict(),
             "wait": self.wait.as_dict(),

@@ -10,7 +10,8 @@ from .lifecycle import LIFECYCLE
 from .metrics import METRICS
 from .quality_budget import QUALITY_BUDGET
 from .ring import RING
+from .spread import SPREAD
 from .takeover import TAKEOVER
 
-MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + QUALITY_BUDGET
+MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + SPREAD + QUALITY_BUDGET
 """Every mutant."""
