@@ -102,7 +102,8 @@ def stat(
 
     total: the same counters of all workers that ever were; hit_rate: of these;
 
-    pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, and load (as route);
+    pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, load (as route), prefetch_accuracy
+    (useful of the completed) and predictors (of each: issued, completed, useful, wasted, overtaken, cancelled);
 
     layers: layer, number (in the model), resident, requested, loading, failed, leased (experts), bonus; with
     a quality budget spent (of late, for each token, or null) and adjustments (of the bonus).
@@ -272,6 +273,7 @@ def _summary(shot: dict[str, Any]) -> Table:
         f"route p50 {human_duration(route['p50_us'])} p99 {human_duration(route['p99_us'])}, "
         f"{total['changed']} choices changed for a lost mass of {total['lost_mass']:.3g}, "
         f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors",
+        "prefetches": _prefetches(pager["predictors"], pager["prefetch_accuracy"]),
         "pager": f"{pager['loads']} loads ({pager['prefetches']} prefetched, {pager['failures']} failed), "
         f"{human_bytes(pager['bytes_read'])} read, p50 {human_duration(load['p50_us'])} "
         f"p99 {human_duration(load['p99_us'])}, {pager['evictions']} evictions, {pager['queued']} queued, "
@@ -280,6 +282,12 @@ def _summary(shot: dict[str, Any]) -> Table:
     for label, value in rows.items():
         table.add_row(label, Text(value))
     return table
+
+
+def _prefetches(predictors: dict[str, dict[str, int]], accuracy: float | None) -> str:
+    """Of each predictor that did something: useful, of those loaded."""
+    active = [f"{name} {of['useful']} of {of['completed']}" for name, of in predictors.items() if of["issued"]]
+    return f"{human_share(accuracy)} useful: {', '.join(active)}" if active else "none"
 
 
 def _spent(loss: float | None) -> str:

@@ -395,6 +395,7 @@ def control_adjustments(word: int) -> int:
     return word & LOW32
 
 
+@inner
 def pack_spread(count: int, mean: float) -> int:
     """A spread word of a mean from 0 to SPREAD_MAX."""
     nearest = int(mean * (1 << SPREAD_ONE_BITS) + 0.5)

@@ -36,6 +36,7 @@ def regions(layout: Layout) -> list[tuple[str, int, int]]:
         ("bonus", layout.bonus, layout.num_layers * LINE),
         *((name, getattr(layout, name), rows) for name in TABLES),
         ("resident", layout.resident, layout.num_layers * layout.resident_row_bytes),
+        ("successors", layout.successors, layout.num_layers * layout.successor_row_bytes),
         ("ring", layout.ring, names.RING_ENTRIES + (WORD << layout.ring_bits)),
         ("lanes", layout.lanes, layout.max_workers * layout.lane_bytes),
         ("pager", layout.pager, PAGER_SHARD_WORDS * WORD),
@@ -62,6 +63,7 @@ def test_every_region_starts_on_a_line_and_every_slot_on_a_page(layout: Layout) 
 @given(LAYOUTS)
 def test_the_rows_of_a_layer_and_the_lanes_start_on_lines(layout: Layout) -> None:
     assert layout.row_bytes % LINE == layout.resident_row_bytes % LINE == layout.lane_bytes % LINE == 0
+    assert layout.successor_row_bytes % LINE == 0
     assert layout.row_bytes >= layout.num_experts * WORD
     assert layout.resident_row_bytes * 8 >= layout.num_experts
     assert layout.row(layout.experts, 1) == layout.experts + layout.row_bytes

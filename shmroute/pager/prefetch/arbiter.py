@@ -39,7 +39,7 @@ from shmroute.shared.metrics import Predictor, PrefetchOutcome
 
 LEAST_PRECISION: Final = 0.3
 """Of a predictor that is asked."""
-PROBE: Final = 32
+PROBE: Final = 128
 """Of what a predictor that is turned down would propose, one in so many is loaded."""
 GONE_ANYWAY: Final = 0.5
 """What part of a load is charged to an unused prefetch for the expert that went for it, if that is demanded after the
