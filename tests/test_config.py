@@ -104,7 +104,7 @@ def test_an_eviction_policy_is_one_that_there_is(value: object) -> None:
 
 @pytest.mark.parametrize("value", [["gate"], ("gate", "gate"), ("oracle",), ("hint",), "gate", None, (1,)])
 def test_predictors_are_some_that_there_are_each_once(value: object) -> None:
-    with pytest.raises(ConfigError, match="predictors must be a tuple of some of affinity, .*gate, each once, not "):
+    with pytest.raises(ConfigError, match=r"predictors must be a tuple of some of affinity, .*gate, each once, not "):
         PagerConfig(predictors=value)  # type: ignore[arg-type]
 
 

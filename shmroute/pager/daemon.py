@@ -35,7 +35,7 @@ from shmroute.shared.identity import own_identity
 from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, LANE_SHARD
 from shmroute.shared.metrics import (
     PAGER_COUNTERS,
-    PAGER_PREDICTORS,
+    PAGER_HISTOGRAM,
     LaneCounter,
     PagerCounter,
     Predictor,
@@ -321,7 +321,7 @@ class Pager:
         if load.priority == PREFETCH and (waited := self._queue.demand_waits(now)) > 0:
             self._prefetch.delayed(key, min(waited, seconds))
         count_duration(
-            self._segment.address + self._layout.pager + PAGER_COUNTERS * WORD, load.ended_ns - load.began_ns
+            self._segment.address + self._layout.pager + PAGER_HISTOGRAM * WORD, load.ended_ns - load.began_ns
         )
 
     def _fail(self, key: int, load: Load) -> None:
@@ -393,7 +393,7 @@ class Pager:
         return any_queued
 
     def _count_outcome(self, predictor: int, outcome: PrefetchOutcome) -> None:
-        words = self._segment.address + self._layout.pager + PAGER_PREDICTORS * WORD
+        words = self._segment.address + self._layout.pager + PAGER_COUNTERS * WORD
         add(words + (predictor * len(PrefetchOutcome) + outcome) * WORD, 1)
 
     def _count(self, counter: PagerCounter, amount: int = 1) -> None:

@@ -167,9 +167,8 @@ def adjust(mine: npt.NDArray[np.int64], control: int, account: int) -> None:
     else:
         step = tracked(steps, tokens, tokens * ratio, period)
         steps = min(steps + max(tokens // period, 1), STEADY)
-    if cas(
-        line + BONUS_CONTROL, control, pack_control(steps, jumps, control_adjustments(control) + 1)
-    ):  # linearization
+    taken = pack_control(steps, jumps, control_adjustments(control) + 1)
+    if cas(line + BONUS_CONTROL, control, taken):  # linearization point
         cas(line + BONUS_VALUE, value, pack_bonus(stepped(bonus, step)))  # a user's store meanwhile stands
         cas(line + BONUS_MEASURED, measured, pack_bonus(average))
 

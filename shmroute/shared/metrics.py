@@ -98,8 +98,8 @@ BUCKETS = 304
 LANE_COUNTERS = len(LaneCounter)
 PAGER_COUNTERS = len(PagerCounter)
 LANE_SHARD_WORDS = LANE_COUNTERS + 2 * BUCKETS  # counters, routing latency, waiting time
-PAGER_PREDICTORS = PAGER_COUNTERS + BUCKETS
-PAGER_SHARD_WORDS = PAGER_PREDICTORS + len(Predictor) * len(PrefetchOutcome)  # counters, load latency, outcomes
+PAGER_HISTOGRAM = PAGER_COUNTERS + len(Predictor) * len(PrefetchOutcome)
+PAGER_SHARD_WORDS = PAGER_HISTOGRAM + BUCKETS  # counters, outcomes by predictor, load latency
 
 
 @inner
@@ -280,11 +280,11 @@ class PagerMetrics:
     @classmethod
     def from_words(cls, words: npt.NDArray[np.int64], pid: int | None) -> PagerMetrics:
         """Read the pager's shard."""
-        outcomes = words[PAGER_PREDICTORS:PAGER_SHARD_WORDS].reshape(len(Predictor), len(PrefetchOutcome))
+        outcomes = words[PAGER_COUNTERS:PAGER_HISTOGRAM].reshape(len(Predictor), len(PrefetchOutcome))
         return cls(
             pid,
             {c.name.lower(): int(words[c]) for c in PagerCounter},
-            Histogram(words[PAGER_COUNTERS : PAGER_COUNTERS + BUCKETS]),
+            Histogram(words[PAGER_HISTOGRAM:]),
             {p.name.lower(): {o.name.lower(): int(outcomes[p, o]) for o in PrefetchOutcome} for p in Predictor},
         )
 

@@ -101,10 +101,12 @@ class Arbiter:
             return []
         found: list[tuple[int, int]] = []
         distances, clocks = self._eviction.distances(), self._eviction.clocks()
+        nobody = distances.min() > 1  # is under way: affinity alone says something then, of what was activated
         for layer in np.argsort(distances, kind="stable").tolist():
             for predictor in self._asked_by_pager:
-                source = clocks[layer - 1]  # the layer before has been routed since
-                if distances[layer] > REACH[predictor] or self._looked[predictor, layer] == source:
+                source = clocks[layer if nobody else layer - 1]  # the layer before has been routed since
+                in_reach = predictor == Predictor.AFFINITY if nobody else distances[layer] <= REACH[predictor]
+                if not in_reach or self._looked[predictor, layer] == source:
                     continue
                 self._looked[predictor, layer] = source
                 taken = {key for key, _ in found}
@@ -113,7 +115,7 @@ class Arbiter:
                     for key in self._candidates(predictor, layer, room)
                     if key not in taken and self.trusts(predictor, layer, now)
                 ]
-            if len(found) >= room or distances[layer] > max(REACH.values()):
+            if len(found) >= room or (not nobody and distances[layer] > max(REACH.values())):
                 break
         return found[:room]
 

@@ -24,10 +24,8 @@ QUALITY_BUDGET = (
         "routing.quality_budget:adjust",
         (
             (
-                "    if cas(line + BONUS_CONTROL, control, "
-                "pack_control(steps, jumps, control_adjustments(control) + 1)):  # linearization\n",
-                "    if cas(line + BONUS_CONTROL, load(line + BONUS_CONTROL), "
-                "pack_control(steps, jumps, control_adjustments(control) + 1)):\n",
+                "    if cas(line + BONUS_CONTROL, control, taken):  # linearization point\n",
+                "    if cas(line + BONUS_CONTROL, load(line + BONUS_CONTROL), taken):\n",
             ),
         ),
         ("quality-budget-batches", "quality-budget"),
