@@ -5,8 +5,8 @@ followed, as a moving average (`RATE` per lesson). So a count saturates, decays 
 share has fallen below what one sighting is worth, a newcomer takes the word.
 
 A worker learns at one step in `LESSON` from a layer to the next, taken at random: of the experts that its token chose
-there, given those that it chose before. The row of layer l is about layer l + 1; the last layer's is about the first,
-of the next token.
+there, given one of those that it chose before, at random too. The row of layer l is about layer l + 1; the last
+layer's is about the first, of the next token.
 
 | who | calls | progress |
 |---|---|---|
@@ -118,11 +118,11 @@ def learn(
     if trail[TRAIL_LAYER] == before:
         trail[TRAIL_CHANCE] = (trail[TRAIL_CHANCE] * 1103515245 + 12345) & 0x7FFFFFFF
         if (trail[TRAIL_CHANCE] >> 16) & (LESSON - 1) == 0:
-            for i in range(min(max(trail[TRAIL_COUNT], 0), MOST_CHOSEN)):
-                expert = trail[TRAIL_EXPERTS + i]
-                if 0 <= expert < num_experts:
-                    words_at = successors + before * row_bytes + expert * SUCCESSORS * WORD
-                    lesson_for(words_at, chosen_at, count, num_experts)
+            known = min(max(trail[TRAIL_COUNT], 1), MOST_CHOSEN)
+            expert = trail[TRAIL_EXPERTS + (trail[TRAIL_CHANCE] >> 20) % known]
+            if 0 <= expert < num_experts:
+                words_at = successors + before * row_bytes + expert * SUCCESSORS * WORD
+                lesson_for(words_at, chosen_at, count, num_experts)
     for i in range(count):
         trail[TRAIL_EXPERTS + i] = chosen[i]
     trail[TRAIL_COUNT] = count

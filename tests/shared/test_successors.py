@@ -48,7 +48,7 @@ def table(memory: Callable[[int], int]) -> Table:
 
 
 def test_what_always_follows_has_a_share_near_one(table: Table) -> None:
-    for _ in range(100 * LESSON):
+    for _ in range(400 * LESSON):
         table.choose(0, 1, 2)
         table.choose(1, 5, 6)
     for expert in (1, 2):
@@ -68,7 +68,7 @@ def test_a_share_is_how_often_the_other_follows(table: Table) -> None:
 
 
 def test_the_last_layer_is_followed_by_the_first_of_the_next_token(table: Table) -> None:
-    for _ in range(100 * LESSON):
+    for _ in range(400 * LESSON):
         table.choose(2, 3)
         table.choose(0, 4)
     assert table.shares(2, 3) == pytest.approx({4: 1.0}, abs=0.02)
@@ -83,16 +83,16 @@ def test_a_layer_left_out_teaches_nothing(table: Table) -> None:
 
 def test_only_so_many_are_remembered_and_newcomers_replace_the_least(table: Table) -> None:
     for follower in (0, 1, 2, 3, 4):
-        for _ in range(60 * LESSON):
+        for _ in range(50 * LESSON):
             table.choose(0, 7)
             table.choose(1, follower)
-    shares = table.shares(0, 7)
-    assert len(shares) == SUCCESSORS
-    assert shares[4] == pytest.approx(1.0, abs=0.05)
+        shares = table.shares(0, 7)
+        assert shares[follower] == pytest.approx(1.0, abs=0.1)
+        assert len(shares) == min(follower + 1, SUCCESSORS)
 
 
 def test_a_newcomer_does_not_displace_what_still_counts(table: Table) -> None:
-    for _ in range(60 * LESSON):
+    for _ in range(200 * LESSON):
         table.choose(0, 7)
         table.choose(1, 0, 1, 2, 3)
     before = set(table.shares(0, 7))
@@ -105,7 +105,7 @@ def test_a_newcomer_does_not_displace_what_still_counts(table: Table) -> None:
 
 def test_workers_learn_one_table_together(table: Table) -> None:
     other = new_trail()
-    for _ in range(60 * LESSON):
+    for _ in range(200 * LESSON):
         table.choose(0, 1)
         table.choose(0, 2, trail=other)
         table.choose(1, 5)
