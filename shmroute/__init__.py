@@ -6,7 +6,7 @@ See `create` and `attach`; the README has a running example.
 from shmroute.config import AffinityConfig, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.lifecycle import attach, create, destroy
 from shmroute.metrics import RuntimeMetrics
-from shmroute.routing import MemoryAwareRouter, RoutingDecision
+from shmroute.routing import AdaptiveCacheBonus, MemoryAwareRouter, RoutingDecision
 from shmroute.runtime import Runtime
 from shmroute.shared.affinity import ExpertAffinity
 from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
@@ -14,6 +14,7 @@ from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequ
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveCacheBonus",
     "AffinityConfig",
     "ExpertAffinity",
     "MemoryAwareRouter",

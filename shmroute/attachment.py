@@ -32,6 +32,7 @@ from shmroute.shared.identity import own_identity
 from shmroute.shared.layout import HEADER_BELL, LANE_BELL, LANE_IDENTITY, LANE_SHARD, LANE_WAIT
 from shmroute.shared.pool import Pool
 from shmroute.shared.segment import Segment
+from shmroute.shared.successors import new_trail
 from shmroute.sources import ExpertSource
 
 T = TypeVar("T")
@@ -142,6 +143,7 @@ class Attachment:
         self.segment = segment
         self.pool = Pool(segment)
         self.powers: npt.NDArray[np.float64] = power_table(segment.config.affinity.decay)
+        self.trail = new_trail()
         self.users = 0
         self.gone = threading.Event()
         self._identity = own_identity()  # now, while there is a descriptor to find it out with
@@ -160,6 +162,12 @@ class Attachment:
         self._shared_mutex = threading.RLock()  # what is made may need something else that is shared
 
     # ---------------------------------------------------------- use
+
+    @property
+    def trail_address(self) -> int:
+        """Address of this worker's memory of what it chose last; 0 if nobody predicts by it."""
+        settings = self.segment.config.pager
+        return self.trail.ctypes.data if settings.prefetch and "transitions" in settings.predictors else 0
 
     def check_open(self) -> None:
         """Raise `RuntimeClosedError` once closed."""

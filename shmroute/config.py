@@ -13,10 +13,13 @@ from typing import Any
 from shmroute.budget import slot_bytes_of, slots_of_budget
 from shmroute.errors import CheckpointError, ConfigError
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
+from shmroute.pager.prefetch.names import DEFAULT_PREDICTORS, PREDICTORS
 from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
 
+BUDGET_MEASURES = ("lost-mass", "changed")
+"""What a quality budget may be measured by."""
 SCORINGS = ("softmax", "sigmoid")
 """How a model makes probabilities of an expert's logit, in the order of the kernels' codes."""
 RULES = ("absolute", "cache-prior", "max-rank", "cumulative-threshold", "probability")
@@ -71,6 +74,13 @@ class RouterConfig:
         `scoring` on.
     metrics : bool
         Time every routing call. Hits, misses and requests are counted in any case.
+    quality_budget : float or None
+        What the bonus may cost, in (0, 0.5]: each layer's bonus is steered so that the mean cost of a token in that
+        layer is just this, from `cache_bonus` on. A token counts where some but not all experts of the layer are
+        resident. None leaves every bonus as it is set.
+    budget_measure : {"lost-mass", "changed"}
+        What the cost of a token is: the probability mass of its choices that the bonus lost, or the share of them that
+        it changed.
     rule : str
         How residency is let into the choice: one of `RULES`.
     top_j : int
@@ -95,6 +105,8 @@ class RouterConfig:
     memory_aware: bool = True
     renormalize: bool = True
     metrics: bool = True
+    quality_budget: float | None = None
+    budget_measure: str = "lost-mass"
     rule: str = "absolute"
     top_j: int = 0
     max_rank: int = 0
@@ -134,6 +146,13 @@ class RouterConfig:
         require(self.bonus_on == "logits", f"bonus_on must be 'logits', not {self.bonus_on!r}")
         for name in ("memory_aware", "renormalize", "metrics"):
             require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+        require(
+            isinstance(self.budget_measure, str) and self.budget_measure in BUDGET_MEASURES,
+            f"budget_measure must be one of {', '.join(BUDGET_MEASURES)}, not {self.budget_measure!r}",
+        )
+        if self.quality_budget is not None:
+            require_float("quality_budget", self.quality_budget, 0, 0.5, above=True)
+            require(self.memory_aware, "a quality_budget is spent by the cache bonus: it needs memory_aware=True")
 
     @property
     def is_plain(self) -> bool:
@@ -183,7 +202,11 @@ class PagerConfig:
     tick : float
         Seconds an idle pager sleeps at most; each tick sweeps the tables and looks for the dead.
     prefetch : int
-        Prefetches by affinity that may be queued or loading at once; 0 turns them off.
+        Prefetches of the pager's own idea that may be queued or loading at once; 0 turns them off.
+    predictors : tuple of str
+        Whose idea they may be: ``affinity`` (what was used much of late), ``previous-token`` (what the last tokens
+        used), ``transitions`` (what follows the experts just chosen in the layer before, as learnt), and ``gate``:
+        what workers speculate (`Runtime.speculate`). Users' hints are taken in any case.
     prefetch_stale : float
         Seconds after which a prefetch that has not started is cancelled.
     retry_after : float
@@ -197,6 +220,7 @@ class PagerConfig:
     drop_page_cache: bool = True
     tick: float = 0.25
     prefetch: int = 2
+    predictors: tuple[str, ...] = DEFAULT_PREDICTORS
     prefetch_stale: float = 1.0
     retry_after: float = 0.1
     eviction: str = DEFAULT_POLICY
@@ -205,6 +229,12 @@ class PagerConfig:
         require_int("io_threads", self.io_threads, 1, 64)
         require_float("tick", self.tick, 0.01, 10)
         require_int("prefetch", self.prefetch, 0, 1024)
+        require(
+            isinstance(self.predictors, tuple)
+            and all(isinstance(name, str) and name in PREDICTORS for name in self.predictors)
+            and len(set(self.predictors)) == len(self.predictors),
+            f"predictors must be a tuple of some of {', '.join(PREDICTORS)}, each once, not {self.predictors!r}",
+        )
         require_float("prefetch_stale", self.prefetch_stale, 0, 3600, above=True)
         require_float("retry_after", self.retry_after, 0.001, 30)
         require(isinstance(self.drop_page_cache, bool), "drop_page_cache must be True or False")
@@ -410,6 +440,9 @@ class RuntimeConfig:
         path = "CHECKPOINT" if self.source is None else self.source.arguments.get("path", "CHECKPOINT")
         words = ["shmroute", "pager", str(path), "--name", name, "--budget", str(self.budget_bytes)]
         words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
+        if self.router.quality_budget is not None:
+            words += ["--quality-budget", str(self.router.quality_budget)]
+            words += ["--budget-measure", self.router.budget_measure]
         words += [] if self.router.rule == RouterConfig.rule else ["--rule", self.router.rule]
         words += ["--top-j", str(self.router.top_j)] if self.router.top_j else []
         words += ["--max-rank", str(self.router.max_rank)] if self.router.max_rank else []
@@ -435,11 +468,11 @@ class RuntimeConfig:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            source, trace = data.pop("source"), data.pop("trace")
+            source, trace, pager = data.pop("source"), data.pop("trace"), data.pop("pager")
             return cls(
                 router=RouterConfig(**data.pop("router")),
                 affinity=AffinityConfig(**data.pop("affinity")),
-                pager=PagerConfig(**data.pop("pager")),
+                pager=PagerConfig(**(pager | {"predictors": tuple(pager["predictors"])})),
                 layer_numbers=tuple(data.pop("layer_numbers")),
                 tensors=tuple(
                     TensorLayout(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data.pop("tensors")

@@ -27,9 +27,11 @@ from shmroute.shared.affinity import ExpertAffinity
 from shmroute.shared.atomic import WORD
 from shmroute.shared.experts import resident_ids
 from shmroute.shared.removal import claim_destruction, unlink_segment
+from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
 from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
+from shmroute.speculation import check_hidden, expected_experts, request_expected
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds to wait for an expert."""
@@ -213,6 +215,72 @@ class Runtime:
         """
         layer = self._checked_layer(layer)
         return prefetch(self._lease_table(), layer, experts, self.config.num_experts)
+
+    def smart_prefetch(self, layer: int, lookahead: int) -> list[PagingRequest]:
+        """Hint that the absent experts of highest affinity will be wanted soon.
+
+        Parameters
+        ----------
+        layer : int
+        lookahead : int
+            How many of the layer's absent experts to ask for, the best by affinity first; ties go to the lower id. All
+            of them, if there are fewer.
+
+        Returns
+        -------
+        list of PagingRequest
+            What this queued, best first: not what was requested or loading already, nor what failed of late.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or `lookahead` is negative.
+        """
+        layer = self._checked_layer(layer)
+        if not isinstance(lookahead, int | np.integer) or isinstance(lookahead, bool) or lookahead < 0:
+            raise ValueError(f"lookahead must be an integer, 0 or more, not {lookahead!r}")
+        leases, resident = self._lease_table(), set(self.resident(layer))
+        absent = [expert for expert in self.affinity(layer).top(self.config.num_experts) if expert not in resident]
+        return [
+            PagingRequest(layer, expert, PagingDirection.IN, PagingPriority.PREFETCH)
+            for expert in absent[: int(lookahead)]
+            if prefetch(leases, layer, [expert], self.config.num_experts)
+        ]
+
+    def speculate(self, layer: int, hidden: npt.NDArray[np.float32]) -> list[PagingRequest]:
+        """Ask ahead for what the next layer will probably choose: apply its gate to this layer's hidden states.
+
+        To be called once `layer` is routed. The pager loads what it trusts such predictions to be worth, as time
+        allows.
+
+        Parameters
+        ----------
+        layer : int
+            The layer that the hidden states enter. The last one has no next: nothing is asked for.
+        hidden : ndarray
+            float32 [H] or [T, H], finite.
+
+        Returns
+        -------
+        list of PagingRequest
+            What this queued, those of most gate weight first: not what is resident, requested or loading. Nothing if
+            the settings leave no place for it: ``gate`` is not among `PagerConfig`'s predictors, or its prefetch is 0.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or the hidden states have another shape or dtype, or are not finite.
+        ConfigError, CheckpointError
+            As `gate`.
+        """
+        layer = self._checked_layer(layer)
+        self._check_open()
+        check_hidden(hidden, self.config.hidden_size)
+        pager = self.config.pager
+        if layer + 1 == self.config.num_layers or pager.prefetch == 0 or "gate" not in pager.predictors:
+            return []
+        expected = expected_experts(hidden, self.gate(layer + 1), self.config.top_k)
+        return request_expected(self._attachment, layer + 1, expected)
 
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""

@@ -22,7 +22,14 @@ FULL = RuntimeConfig(
     router=RouterConfig(cache_bonus=0.1, memory_aware=False, renormalize=False, metrics=False),
     affinity=AffinityConfig(decay=0.5, activation_boost=0.25, max_score=0.75),
     pager=PagerConfig(
-        io_threads=3, drop_page_cache=False, tick=0.5, prefetch=0, prefetch_stale=2, retry_after=0.5, eviction="lru"
+        io_threads=3,
+        drop_page_cache=False,
+        tick=0.5,
+        prefetch=0,
+        prefetch_stale=2,
+        retry_after=0.5,
+        eviction="lru",
+        predictors=("gate", "affinity"),
     ),
     max_workers=7,
     layer_numbers=(1, 3, 5, 7),
@@ -93,6 +100,23 @@ def test_a_switch_is_true_or_false(kind: type, field: str, value: object) -> Non
 def test_an_eviction_policy_is_one_that_there_is(value: object) -> None:
     with pytest.raises(ConfigError, match=r"eviction must be one of lru, lfu, .*expected-next-use, not "):
         PagerConfig(eviction=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [["gate"], ("gate", "gate"), ("oracle",), ("hint",), "gate", None, (1,)])
+def test_predictors_are_some_that_there_are_each_once(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"predictors must be a tuple of some of affinity, .*gate, each once, not "):
+        PagerConfig(predictors=value)  # type: ignore[arg-type]
+
+
+def test_there_may_be_no_predictors() -> None:
+    assert PagerConfig(predictors=()).predictors == ()
+
+
+def test_the_command_of_a_pager_names_a_quality_budget() -> None:
+    assert "--quality-budget" not in RuntimeConfig(**PLAIN).pager_command("n")
+    budget = RouterConfig(quality_budget=0.02, budget_measure="changed")
+    command = RuntimeConfig(**PLAIN, router=budget).pager_command("n")
+    assert "--quality-budget 0.02 --budget-measure changed" in command
 
 
 def test_the_command_of_a_pager_names_its_policy_unless_it_is_the_default() -> None:

@@ -12,7 +12,7 @@ import typer
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
-from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
+from shmroute.config import BUDGET_MEASURES, RULES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -49,6 +49,16 @@ def pager(
     bonus: Annotated[
         float, typer.Option(help="Strength of the rule; by default what is added to a resident expert's logit.")
     ] = RouterConfig.cache_bonus,
+    quality_budget: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="What the bonus may cost a token on average, 0 to 0.5; each layer's is steered by it.",
+        ),
+    ] = RouterConfig.quality_budget,
+    budget_measure: Annotated[
+        str, typer.Option(help=f"What that cost is: {', '.join(BUDGET_MEASURES)}.")
+    ] = RouterConfig.budget_measure,
     rule: Annotated[
         str, typer.Option(help=f"How residency is let into the choice: {', '.join(RULES)}.")
     ] = RouterConfig.rule,
@@ -86,7 +96,14 @@ def pager(
     config = RuntimeConfig.from_checkpoint(
         checkpoint,
         budget,
-        router=RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank),
+        router=RouterConfig(
+            cache_bonus=bonus,
+            rule=rule,
+            top_j=top_j,
+            max_rank=max_rank,
+            quality_budget=quality_budget,
+            budget_measure=budget_measure,
+        ),
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
         trace=None if trace is None else TraceConfig(str(trace), logits=trace_logits),

@@ -22,7 +22,7 @@ from shmroute.cli.output import console, human_bytes, human_duration, human_shar
 from shmroute.lifecycle import report_compilation
 from shmroute.metrics import read_metrics
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.layout import LANE_CURSOR, LANE_WAIT, LINE, SLOT_HEADER_BYTES
+from shmroute.shared.layout import BONUS_CONTROL, BONUS_MEASURED, LANE_CURSOR, LANE_WAIT, LINE, SLOT_HEADER_BYTES
 from shmroute.shared.metrics import snapshot_words
 from shmroute.shared.removal import is_published
 from shmroute.shared.segment import Segment, attach_segment
@@ -34,6 +34,7 @@ from shmroute.shared.words import (
     RESIDENT,
     STATE_BITS,
     STATE_SHIFT,
+    control_adjustments,
     request_expert,
     request_layer,
     unpack_bonus,
@@ -88,7 +89,7 @@ def stat(
     Keys of the JSON object:
 
     name, uuid, state (live or closing), time (seconds since 1970), checkpoint, num_layers, num_experts, top_k,
-    max_workers;
+    max_workers, quality_budget (or null), budget_measure (lost-mass or changed);
 
     expert_bytes, slots, resident, slot_bytes, budget_bytes (what the slots hold), control_bytes (all else),
     slot_header_bytes (the part of control_bytes that grows with the slots), total_bytes;
@@ -101,9 +102,11 @@ def stat(
 
     total: the same counters of all workers that ever were; hit_rate: of these;
 
-    pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, and load (as route);
+    pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, load (as route), prefetch_accuracy
+    (useful of the completed) and predictors (of each: issued, completed, useful, wasted, overtaken, cancelled);
 
-    layers: layer, number (in the model), resident, requested, loading, failed, leased (experts), bonus.
+    layers: layer, number (in the model), resident, requested, loading, failed, leased (experts), bonus; with
+    a quality budget spent (of late, for each token, or null) and adjustments (of the bonus).
 
     Example: shmroute stat demo --watch 2
     """
@@ -182,6 +185,8 @@ def snapshot(segment: Segment) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "top_k": config.top_k,
         "max_workers": config.max_workers,
+        "quality_budget": config.router.quality_budget,
+        "budget_measure": config.router.budget_measure,
         "expert_bytes": config.expert_bytes,
         "slots": config.slots,
         "resident": sum(layer["resident"] for layer in layers),
@@ -206,6 +211,8 @@ def _layer(segment: Segment, layer: int) -> dict[str, Any]:
     config, layout = segment.config, segment.layout
     words = snapshot_words(segment.address + layout.row(layout.experts, layer), config.num_experts)
     states = (words >> STATE_SHIFT) & ((1 << STATE_BITS) - 1)
+    control = segment.read(layout.bonus + layer * LINE + BONUS_CONTROL)
+    spent = round(unpack_bonus(segment.read(layout.bonus + layer * LINE + BONUS_MEASURED)), 9) if control else None
     return {
         "layer": layer,
         "number": config.layer_numbers[layer],
@@ -215,6 +222,8 @@ def _layer(segment: Segment, layer: int) -> dict[str, Any]:
         "failed": int(np.count_nonzero(states == FAILED)),
         "leased": int(np.count_nonzero(words & LOW32)),
         "bonus": round(unpack_bonus(segment.read(layout.bonus + layer * LINE)), 9),
+        "spent": spent,
+        "adjustments": control_adjustments(control),
     }
 
 
@@ -255,12 +264,18 @@ def _summary(shot: dict[str, Any]) -> Table:
         f"{human_bytes(shot['slot_header_bytes'])} of it slot headers; {human_bytes(shot['total_bytes'])} in all",
         "processes": f"owner {_process(shot['owner'])}, pager {_process(shot['pager'])}, "
         f"standby {_process(shot['standby'])}, {live} of {shot['max_workers']} workers",
+        **(
+            {"quality budget": f"{shot['quality_budget']:.2%} of a token ({shot['budget_measure']})"}
+            if shot["quality_budget"] is not None
+            else {}
+        ),
         "total": f"{total['tokens']} tokens in {total['calls']} calls, hit rate {human_share(shot['hit_rate'])}, "
         f"route p50 {human_duration(route['p50_us'])} p99 {human_duration(route['p99_us'])}, "
         f"{total['changed']} choices changed for a lost mass of {total['lost_mass']:.3g}, "
         f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors"
         + f", {total['recorded']} recorded, {total['unrecorded']} dropped"
         * (total["recorded"] + total["unrecorded"] > 0),
+        "prefetches": _prefetches(pager["predictors"], pager["prefetch_accuracy"]),
         "pager": f"{pager['loads']} loads ({pager['prefetches']} prefetched, {pager['failures']} failed), "
         f"{human_bytes(pager['bytes_read'])} read, p50 {human_duration(load['p50_us'])} "
         f"p99 {human_duration(load['p99_us'])}, {pager['evictions']} evictions, {pager['queued']} queued, "
@@ -269,6 +284,16 @@ def _summary(shot: dict[str, Any]) -> Table:
     for label, value in rows.items():
         table.add_row(label, Text(value))
     return table
+
+
+def _prefetches(predictors: dict[str, dict[str, int]], accuracy: float | None) -> str:
+    """Of each predictor that did something: useful, of those loaded."""
+    active = [f"{name} {of['useful']} of {of['completed']}" for name, of in predictors.items() if of["issued"]]
+    return f"{human_share(accuracy)} useful: {', '.join(active)}" if active else "none"
+
+
+def _spent(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.2%}"
 
 
 def _workers(shot: dict[str, Any]) -> Table:
@@ -297,7 +322,8 @@ def _layers(shot: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("LAYER", justify="right")
     table.add_column("RESIDENT", no_wrap=True)
-    for label in ("LEASED", "LOADING", "REQUESTED", "FAILED", "BONUS"):
+    steered = shot["quality_budget"] is not None
+    for label in ("LEASED", "LOADING", "REQUESTED", "FAILED", "BONUS", *(("SPENT", "ADJUSTED") if steered else ())):
         table.add_column(label, justify="right", no_wrap=True)
     experts = shot["num_experts"]
     for layer in shot["layers"]:
@@ -308,5 +334,6 @@ def _layers(shot: dict[str, Any]) -> Table:
             Text.assemble(("█" * filled, "green"), ("░" * (width - filled), "dim"), f" {layer['resident']}/{experts}"),
             *(str(layer[key]) for key in ("leased", "loading", "requested", "failed")),
             f"{layer['bonus']:g}" if layer["bonus"] else "0",
+            *((_spent(layer["spent"]), str(layer["adjustments"])) if steered else ()),
         )
     return table

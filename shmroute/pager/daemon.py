@@ -7,13 +7,14 @@ words' LOADING, RESIDENT and FAILED states.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
 
 from shmroute.failures import ChecksumMismatch, classify
 from shmroute.pager.loader import Load, Loader
-from shmroute.pager.prefetch import AffinityPrefetch
+from shmroute.pager.prefetch.arbiter import Arbiter
 from shmroute.pager.queue import LoadQueue
 from shmroute.pager.reaper import Reaper
 from shmroute.pager.slots import Slots
@@ -32,7 +33,16 @@ from shmroute.shared.experts import (
 )
 from shmroute.shared.identity import own_identity
 from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, LANE_SHARD
-from shmroute.shared.metrics import PAGER_COUNTERS, LaneCounter, PagerCounter, add, count_duration
+from shmroute.shared.metrics import (
+    PAGER_COUNTERS,
+    PAGER_HISTOGRAM,
+    LaneCounter,
+    PagerCounter,
+    Predictor,
+    PrefetchOutcome,
+    add,
+    count_duration,
+)
 from shmroute.shared.pool import Pool
 from shmroute.shared.ring import EMPTY, ring_has_work, ring_pop
 from shmroute.shared.segment import Segment
@@ -52,6 +62,7 @@ from shmroute.shared.words import (
     request_expert,
     request_lane,
     request_layer,
+    request_speculative,
 )
 from shmroute.sources import ExpertSource
 
@@ -82,8 +93,8 @@ class Pager:
         powers = power_table(segment.config.affinity.decay)
         self._slots = Slots(segment, self._table, powers)
         self._queue = LoadQueue()
-        self._prefetch = AffinityPrefetch(segment, powers)
-        self._own_prefetches: dict[int, float] = {}
+        self._prefetch = Arbiter(segment, self._slots.eviction, self._count_outcome)
+        self._slots.when_evicted = self._prefetch.evicted
         self._asked_by: dict[int, int] = {}
         self._failures: dict[int, int] = {}
         self._reaper = Reaper(segment)
@@ -103,6 +114,8 @@ class Pager:
             if time.monotonic() >= self._next_sweep:
                 self._sweep()
             hungry = self._dispatch(wanted)
+            if not hungry and self._propose_prefetches():
+                hungry = self._dispatch(wanted)
             self._segment.write(self._layout.pager + PagerCounter.QUEUED * WORD, len(self._queue))
             self._sleep(hungry)
         while self._loader.in_flight and not at_once():
@@ -179,12 +192,15 @@ class Pager:
             if request_direction(request) == PAGE_OUT:
                 self._slots.evict_first(key)
             else:
-                self._enqueue(key, now)
+                self._enqueue(key, now, Predictor.GATE if request_speculative(request) else Predictor.HINT)
                 if key in self._queue:
                     self._asked_by.setdefault(key, request_lane(request))
 
-    def _enqueue(self, key: int, now: float) -> bool:
-        """Queue a requested expert at its word's priority, the one that counts; whether it was not queued before."""
+    def _enqueue(self, key: int, now: float, predictor: int = Predictor.HINT) -> bool:
+        """Queue a requested expert at its word's priority, the one that counts; whether it was not queued before.
+
+        `predictor` says whose idea a prefetch is; of one that only the sweep finds nobody knows.
+        """
         word = self._table.word(key)
         if expert_state(word) != REQUESTED:
             return False
@@ -192,7 +208,14 @@ class Pager:
         if self._queue.push(key, expert_priority(word), now):
             self._count(PagerCounter.UPGRADES)
         if expert_priority(word) > PREFETCH:
-            self._own_prefetches.pop(key, None)
+            self._prefetch.overtaken(key)
+            if not known:
+                self._prefetch.demanded(key)
+        elif not known:
+            if self._prefetch.trusts(predictor, self._table.split(key)[0], now):
+                self._prefetch.asked(key, predictor, now)
+            else:
+                self._drop_prefetch(key)
         return not known
 
     # ---------------------------------------------------------- loads
@@ -206,8 +229,12 @@ class Pager:
                 return False
             key, priority = chosen
             evictions, page_outs = self._slots.evictions, self._slots.page_outs
-            # A prefetch of this pager's own idea only takes the place of an expert that is worth less.
-            slot = self._slots.take(awaited, self._own_prefetches.get(key) if priority == PREFETCH else None)
+            if priority == PREFETCH and not self._prefetch.still_wanted(key):
+                self._drop_prefetch(key)
+                continue
+            slot = self._slots.take(
+                awaited, functools.partial(self._prefetch.may_replace, key) if priority == PREFETCH else None
+            )
             evictions = self._slots.evictions - evictions
             self._count(PagerCounter.EVICTIONS, evictions)
             self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
@@ -217,7 +244,6 @@ class Pager:
                 self._drop_prefetch(key)
                 continue
             self._queue.remove(key)
-            self._own_prefetches.pop(key, None)
             if not begin_load(self._table.address(key), slot):
                 self._slots.give_back(slot)
                 continue
@@ -290,8 +316,12 @@ class Pager:
         self._count(PagerCounter.BYTES_READ, len(load.buffer))
         if load.priority == PREFETCH:
             self._count(PagerCounter.PREFETCHES)
+        seconds, now = (load.ended_ns - load.began_ns) / 1e9, time.monotonic()
+        self._prefetch.loaded(key, seconds, now, demanded=load.priority > PREFETCH)
+        if load.priority == PREFETCH and (waited := self._queue.demand_waits(now)) > 0:
+            self._prefetch.delayed(key, min(waited, seconds))
         count_duration(
-            self._segment.address + self._layout.pager + PAGER_COUNTERS * WORD, load.ended_ns - load.began_ns
+            self._segment.address + self._layout.pager + PAGER_HISTOGRAM * WORD, load.ended_ns - load.began_ns
         )
 
     def _fail(self, key: int, load: Load) -> None:
@@ -302,6 +332,7 @@ class Pager:
         failure = pack_failure(*classify(load.error), not_before)
         fail(self._table.address(key), self._table.failure_address(key), load.slot, failure)
         self._slots.give_back(load.slot)
+        self._prefetch.cancelled(key)
         self._count(PagerCounter.FAILURES)
         if attempts == 1:
             self._report(load, pause)
@@ -334,28 +365,36 @@ class Pager:
         self._table.rebuild_bitmaps()
         for key in self._queue.stale_prefetches(now - self._settings.prefetch_stale):
             self._drop_prefetch(key)
-        self._propose_prefetches(now)
 
     def _drop_prefetch(self, key: int) -> None:
         """Cancel a queued prefetch, unless somebody demands it by now."""
         if cancel(self._table.address(key)):
             self._queue.remove(key)
-            self._own_prefetches.pop(key, None)
+            self._prefetch.cancelled(key)
             self._asked_by.pop(key, None)
             self._count(PagerCounter.PREFETCHES_CANCELLED)
         else:
             self._queue.remove(key)
             self._enqueue(key, time.monotonic())
 
-    def _propose_prefetches(self, now: float) -> None:
-        """Queue prefetches by affinity, when nothing is demanded and within the budget."""
+    def _propose_prefetches(self) -> bool:
+        """Queue prefetches of the pager's own idea, when nothing is demanded; whether there are any."""
+        self._slots.eviction.observe()
+        self._prefetch.look()
         if self._queue.peek() is not None:
-            return
-        for key, score in self._prefetch.proposals(self._prefetch.budget - len(self._own_prefetches)):
+            return False
+        now, any_queued = time.monotonic(), False
+        for key, predictor in self._prefetch.proposals(now):
             code = request_expert_word(self._table.address(key), self._table.failure_address(key), PREFETCH)
             if code == QUEUE:
-                self._own_prefetches[key] = score
+                self._prefetch.asked(key, predictor, now)
                 self._queue.push(key, PREFETCH, now)
+                any_queued = True
+        return any_queued
+
+    def _count_outcome(self, predictor: int, outcome: PrefetchOutcome) -> None:
+        words = self._segment.address + self._layout.pager + PAGER_COUNTERS * WORD
+        add(words + (predictor * len(PrefetchOutcome) + outcome) * WORD, 1)
 
     def _count(self, counter: PagerCounter, amount: int = 1) -> None:
         if amount:

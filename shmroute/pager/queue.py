@@ -59,6 +59,13 @@ class LoadQueue:
             heapq.heappop(self._heap)  # removed or upgraded since
         return None
 
+    def demand_waits(self, now: float) -> float:
+        """How long what would be loaded next has been waiting; 0 if nothing is demanded."""
+        head = self.peek()
+        if head is None or head[1] == PREFETCH:
+            return 0.0
+        return max(now - self._entries[head[0]].queued_at, 0.0)
+
     def remove(self, key: int) -> None:
         """Take a load out, if it is there."""
         self._entries.pop(key, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,13 +28,18 @@ class Slots:
 
     Attributes
     ----------
+    eviction : Eviction
+        The policy.
     evictions, page_outs : int
         So far; the latter are those that somebody asked for.
+    when_evicted : callable
+        Called with the key of each expert that goes.
     """
 
     def __init__(self, segment: Segment, table: ExpertTable, powers: npt.NDArray[np.float64]) -> None:
         self._table = table
-        self._eviction = Eviction(segment, powers)
+        self.eviction = Eviction(segment, powers)
+        self.when_evicted: Callable[[int], None] = lambda key: None
         self._free: list[int] = []
         self._evict_first: dict[int, None] = {}
         self.evictions = 0
@@ -41,29 +48,29 @@ class Slots:
     def adopt(self) -> None:
         """Take the table for the truth, as a former pager left it: every slot that no word names is free."""
         self.scan()
-        self._free = np.flatnonzero(self._eviction.owners < 0)[::-1].tolist()
+        self._free = np.flatnonzero(self.eviction.owners < 0)[::-1].tolist()
 
     def scan(self) -> list[int]:
         """Read the table once, for the owners of slots; the requested keys."""
-        self._eviction.observe()
-        return self._table.scan(self._eviction.owners)
+        self.eviction.observe()
+        return self._table.scan(self.eviction.owners)
 
     def evict_first(self, key: int) -> None:
         """Take a hint that a resident expert will not be missed."""
         if expert_state(self._table.word(key)) == RESIDENT:
             self._evict_first[key] = None
 
-    def take(self, awaited: npt.NDArray[np.int64], worth: float | None = None) -> int | None:
+    def take(self, awaited: npt.NDArray[np.int64], may_go: Callable[[int], bool] | None = None) -> int | None:
         """A slot for a load, or None if there is none to be had.
 
         Parameters
         ----------
         awaited : ndarray
             int64 keys that workers wait for; they are not evicted.
-        worth : float, optional
-            Evict only an expert of lower affinity than this.
+        may_go : callable, optional
+            Whether the expert of a key, which is the first to go, may go for this load; any may by default.
         """
-        self._eviction.observe()  # here, where it counts, and in every sweep
+        self.eviction.observe()  # here, where it counts, and in every sweep
         if self._free:
             return self._free.pop()
         for key in list(self._evict_first):
@@ -72,9 +79,9 @@ class Slots:
             if slot is not None:
                 self.page_outs += 1
                 return slot
-        while (found := self._eviction.victim(awaited)) is not None:
-            key, score = found
-            if worth is not None and worth <= score:
+        while (found := self.eviction.victim(awaited)) is not None:
+            key = found[0]
+            if may_go is not None and not may_go(key):
                 return None
             slot = self._evict(key)
             if slot is not None:
@@ -83,20 +90,20 @@ class Slots:
 
     def can_evict(self, awaited: npt.NDArray[np.int64]) -> bool:
         """Whether an eviction would find a slot now."""
-        return self._eviction.victim(awaited) is not None
+        return self.eviction.victim(awaited) is not None
 
     def loading(self, slot: int, key: int) -> None:
         """Note that a slot is being filled."""
-        self._eviction.owners[slot] = key
+        self.eviction.owners[slot] = key
 
     def loaded(self, slot: int, key: int) -> None:
         """Note that a slot has a new expert."""
         self._evict_first.pop(key, None)
-        self._eviction.loaded(slot, key)
+        self.eviction.loaded(slot, key)
 
     def give_back(self, slot: int) -> None:
         """Note that a slot holds nothing after all."""
-        self._eviction.emptied(slot)
+        self.eviction.emptied(slot)
         self._free.append(slot)
 
     def _evict(self, key: int) -> int | None:
@@ -108,7 +115,8 @@ class Slots:
             return None
         if not evict(self._table.address(key), self._table.resident_row(layer), expert, slot):
             return None
-        self._eviction.emptied(slot)
+        self.eviction.emptied(slot)
         self._evict_first.pop(key, None)
         self.evictions += 1
+        self.when_evicted(key)
         return slot

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shmroute.config import PagerConfig, RuntimeConfig
 from shmroute.traces.trace import Trace
 
 
@@ -34,6 +35,13 @@ class Accesses:
     top_k: int
     num_workers: int
     num_tokens: int
+
+    def settings(self, slots: int, pager: PagerConfig) -> RuntimeConfig:
+        """Of a runtime that would serve them."""
+        return RuntimeConfig(
+            self.num_layers, self.num_experts, self.top_k, expert_bytes=1, slots=slots, max_workers=self.num_workers,
+            pager=pager,
+        )  # fmt: skip
 
     def one_by_one(self) -> Accesses:
         """Each access as a step of its own, as textbook simulations have it: nothing is known of a token's others."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from shmroute.config import PagerConfig, RuntimeConfig
+from shmroute.config import PagerConfig
 from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.victims import Eviction, admit, find_victim
@@ -55,7 +55,7 @@ class Served:
 def bring(table: int, key: int, used: int) -> int:
     """Make an expert resident that is not; how many slots have been used so far."""
     words = i64_array(table, t.TABLE_WORDS)
-    experts = words[t.NUM_EXPERTS]
+    experts, row_bytes = words[t.NUM_EXPERTS], words[t.ROW_BYTES]
     slot = used
     if used < words[t.SLOTS]:
         used += 1
@@ -166,17 +166,7 @@ def serve_accesses(
         The pager looks at what was published once in so many steps.
     """
     load_kernels()
-    tables = PrivateTables(
-        RuntimeConfig(
-            num_layers=accesses.num_layers,
-            num_experts=accesses.num_experts,
-            top_k=accesses.top_k,
-            expert_bytes=1,
-            slots=slots,
-            max_workers=accesses.num_workers,
-            pager=PagerConfig(eviction=policy),
-        )
-    )
+    tables = PrivateTables(accesses.settings(slots, PagerConfig(eviction=policy)))
     eviction = Eviction(tables, power_table(tables.config.affinity.decay))
     hits = np.zeros(len(accesses.keys), np.int64)
     loads = np.zeros((len(accesses.keys) + proposals.size, _LOG_COLUMNS), np.int64)

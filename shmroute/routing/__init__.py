@@ -3,6 +3,7 @@
 Routing meets paging only through `shmroute.shared`.
 """
 
+from shmroute.routing.bonus_control import AdaptiveCacheBonus
 from shmroute.routing.router import MemoryAwareRouter, RoutingDecision
 
-__all__ = ["MemoryAwareRouter", "RoutingDecision"]
+__all__ = ["AdaptiveCacheBonus", "MemoryAwareRouter", "RoutingDecision"]

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from shmroute.config import GROUP_SCORES, RULES, SCORINGS
+from shmroute.routing.quality_budget import BLOCK_WORDS, fill_block
 from shmroute.routing.selection import scratch_length
 from shmroute.shared.atomic import WORD, forget_views
 from shmroute.shared.layout import (
@@ -106,7 +107,13 @@ MOST_PENDING: Final = 69  # tokens that are put off at most; 0: none ever
 PENDING_TOKENS: Final = 70  # put off
 PENDING: Final = 71  # int32 [MOST_PENDING, k], their experts
 AT_ONCE: Final = 72  # written by a call: whether it publishes its tokens
-PLAN_WORDS: Final = 73
+# What steers, and what learns.
+BUDGET: Final = 73  # address of int64 [BLOCK_WORDS], see `shmroute.routing.quality_budget`; 0 without a budget
+TRAIL: Final = 74  # the worker's memory, see `shmroute.shared.successors`; 0 if nothing is learnt
+SUCCESSORS: Final = 75  # that table, and bytes of a layer
+SUCCESSOR_ROW_BYTES: Final = 76
+NUM_LAYERS: Final = 77
+PLAN_WORDS: Final = 78
 
 # Float64 at PARAMETERS.
 BOOST: Final = 0
@@ -158,9 +165,11 @@ class Plan:
         Address of the affinity's power table, which outlives the plan.
     turns : Turns
         Of the process.
+    trail : int
+        Address of the worker's memory of what it chose last, which outlives it too; 0 if successors are not learnt.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, turns: Turns) -> None:
+    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, turns: Turns, trail: int = 0) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []
@@ -196,6 +205,8 @@ class Plan:
         words[COUNTERS] = base + layout.lane(lane) + LANE_SHARD
         words[HISTOGRAM] = words[COUNTERS] + LANE_COUNTERS * WORD
         words[POWERS] = powers
+        words[TRAIL], words[NUM_LAYERS] = trail, config.num_layers
+        words[SUCCESSORS], words[SUCCESSOR_ROW_BYTES] = base + layout.successors, layout.successor_row_bytes
 
         parameters = self._block(PARAMETER_COUNT, np.float64)
         parameters[BOOST], parameters[MAX_SCORE] = config.affinity.activation_boost, config.affinity.max_score
@@ -226,6 +237,10 @@ class Plan:
         words[MOST_PENDING] = TOKENS_PUT_OFF
         words[LATEST], words[SEEN] = turns.latest, turns.seen(layer)
         self._turns = turns
+        if config.router.quality_budget is not None:
+            block = self._block(BLOCK_WORDS, np.int64)
+            fill_block(block, int(words[BONUS]), config)
+            words[BUDGET] = block.ctypes.data
 
     def set_correction_bias(self, bias: np.ndarray[Any, Any]) -> None:
         """Choose by another correction bias, float32 [E], from the next call on.

@@ -24,6 +24,7 @@ from numba import types
 from shmroute.recording.append import append_route
 from shmroute.routing import plan as p
 from shmroute.routing.publication import fetch_lines, forget_touched, publish, take_turn, touch
+from shmroute.routing.quality_budget import BY_MASS, observe
 from shmroute.routing.rules import choose_by_rule, model_weights
 from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import (
@@ -39,7 +40,7 @@ from shmroute.routing.selection import (
 )
 from shmroute.routing.shares import lost_by_one, lost_mass
 from shmroute.routing.spread import give_spread, take_spread
-from shmroute.routing.vectors import id_at, put_id
+from shmroute.routing.vectors import id_at, put_id, word_at
 from shmroute.shared.atomic import WORD, cas, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
@@ -48,7 +49,8 @@ from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
-from shmroute.shared.words import NORMAL, PAGE_IN, pack_request, unpack_bonus
+from shmroute.shared.successors import learn
+from shmroute.shared.words import BONUS_ONE, NORMAL, PAGE_IN, pack_request, unpack_bonus
 
 # A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
 RING_BELL: Final = 1 << 40
@@ -213,6 +215,19 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
 
 
 @inner
+def _spend(words: npt.NDArray[np.int64], tokens: int, misses: int) -> None:
+    """Charge the layer's quality budget with what the bonus changed, if it could change anything."""
+    resident = 0
+    for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
+        resident += count_bits(word_at(words[p.SNAPSHOT] + i * WORD))
+    if 0 < resident < words[p.NUM_EXPERTS]:
+        spent = words[p.LOST_MASS]
+        if word_at(words[p.BUDGET] + BY_MASS * WORD) == 0:
+            spent = words[p.CHANGED] * BONUS_ONE // words[p.TOP_K]
+        observe(words[p.BUDGET], tokens, spent, misses > 0)
+
+
+@inner
 def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     """Second pass: what `route` returns."""
     counters, misses = words[p.COUNTERS], tokens * words[p.TOP_K] - words[p.HITS]
@@ -225,6 +240,14 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
             if words[p.BELL_WORD] != 0:
                 code = misses | RING_BELL
     publish(words, experts_at, tokens)
+    if words[p.BUDGET] != 0:
+        _spend(words, tokens, misses)
+    if words[p.TRAIL] != 0:
+        last = experts_at + (tokens - 1) * words[p.TOP_K] * ID
+        learn(
+            words[p.SUCCESSORS], words[p.SUCCESSOR_ROW_BYTES], words[p.NUM_LAYERS], words[p.NUM_EXPERTS],
+            words[p.TRAIL], words[p.LAYER], last, words[p.TOP_K],
+        )  # fmt: skip
     store(words[p.CURSOR], words[p.LAYER])
     fetch_add(counters + LaneCounter.CALLS * WORD, 1)
     fetch_add(counters + LaneCounter.TOKENS * WORD, tokens)

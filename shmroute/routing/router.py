@@ -67,8 +67,9 @@ class MemoryAwareRouter:
         config = attachment.segment.config
         self._num_experts, self._top_k = config.num_experts, config.top_k
         lane = attachment.lane().number
+        powers = attachment.powers.ctypes.data
         self._hot, self._second = (
-            Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data, attachment.one(_turns))
+            Plan(attachment.segment, layer, lane, powers, attachment.one(_turns), attachment.trail_address)
             for _ in range(2)
         )
         self._bias = np.zeros(self._num_experts, np.float32)

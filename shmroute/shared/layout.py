@@ -45,7 +45,11 @@ LANE_BELL: Final = 2 * LINE
 LANE_SHARD: Final = 3 * LINE
 LANE_BASELINE: Final = LANE_SHARD + metrics.LANE_SHARD_WORDS * WORD
 
-# A layer's bonus line: the strength of its rule is the first word.
+# A layer's bonus line: the strength of its rule, how that is steered, and the spread.
+BONUS_VALUE: Final = 0
+BONUS_ACCOUNT: Final = 1 * WORD
+BONUS_CONTROL: Final = 2 * WORD
+BONUS_MEASURED: Final = 3 * WORD  # moving average of what a token loses, as a bonus word
 BONUS_SPREAD: Final = 4 * WORD
 # What is told of an expert's uses: two words side by side, since whoever routes to it changes both.
 USE_AFFINITY: Final = 0
@@ -74,6 +78,7 @@ def _constants_fingerprint() -> int:
     }
     constants |= {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
     constants |= {repr(counter): counter for counter in (*metrics.LaneCounter, *metrics.PagerCounter)}
+    constants |= {repr(word): word for word in (*metrics.Predictor, *metrics.PrefetchOutcome)}
     digest = hashlib.sha256(repr(sorted(constants.items())).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -114,6 +119,7 @@ class Layout:
     row_bytes: int = field(init=False)
     use_row_bytes: int = field(init=False)
     resident_row_bytes: int = field(init=False)
+    successor_row_bytes: int = field(init=False)
     lane_bytes: int = field(init=False)
     clock: int = field(init=False)
     bonus: int = field(init=False)
@@ -122,6 +128,7 @@ class Layout:
     checksums: int = field(init=False)
     failures: int = field(init=False)
     resident: int = field(init=False)
+    successors: int = field(init=False)
     ring: int = field(init=False)
     lanes: int = field(init=False)
     pager: int = field(init=False)
@@ -144,6 +151,7 @@ class Layout:
         put(self, "row_bytes", _round_up(self.num_experts * WORD, LINE))
         put(self, "use_row_bytes", _round_up(self.num_experts * USE_BYTES, LINE))
         put(self, "resident_row_bytes", _round_up(-(-self.num_experts // 64) * WORD, LINE))
+        put(self, "successor_row_bytes", _round_up(self.num_experts * words.SUCCESSORS * WORD, LINE))
         put(self, "lane_bytes", _round_up(LANE_BASELINE + metrics.LANE_SHARD_WORDS * WORD, LINE))
         # Room for a demand of every expert, up to 8192. Upgrades and hints push too, so it may be full all the same;
         # the sweep then finds what was not pushed.
@@ -155,6 +163,7 @@ class Layout:
         for name in ("experts", "checksums", "failures"):
             region(name, self.num_layers * self.row_bytes)
         region("resident", self.num_layers * self.resident_row_bytes)
+        region("successors", self.num_layers * self.successor_row_bytes)
         region("ring", RING_ENTRIES + (WORD << self.ring_bits))
         region("lanes", self.max_workers * self.lane_bytes)
         region("pager", metrics.PAGER_SHARD_WORDS * WORD)

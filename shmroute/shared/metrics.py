@@ -74,13 +74,35 @@ class PagerCounter(IntEnum):
     QUEUED = 16  # a gauge, not a counter: requests queued now
 
 
+class Predictor(IntEnum):
+    """Who may propose a prefetch: see `shmroute.pager.prefetch`."""
+
+    AFFINITY = 0
+    PREVIOUS_TOKEN = 1
+    TRANSITIONS = 2
+    GATE = 3
+    HINT = 4  # the user
+
+
+class PrefetchOutcome(IntEnum):
+    """Words of a predictor in the pager's shard: see `shmroute.pager.prefetch.record`."""
+
+    ISSUED = 0
+    COMPLETED = 1  # its load ended
+    USEFUL = 2  # of the completed: used before evicted
+    WASTED = 3  # of the completed: evicted before used
+    OVERTAKEN = 4  # demanded before its load began
+    CANCELLED = 5  # stale, or without room, before its load began
+
+
 MASS_ONE = 1 << 32  # stands for all of a token's probability
 
 BUCKETS = 304
 LANE_COUNTERS = len(LaneCounter)
 PAGER_COUNTERS = len(PagerCounter)
 LANE_SHARD_WORDS = LANE_COUNTERS + 2 * BUCKETS  # counters, routing latency, waiting time
-PAGER_SHARD_WORDS = PAGER_COUNTERS + BUCKETS  # counters, load latency
+PAGER_HISTOGRAM = PAGER_COUNTERS + len(Predictor) * len(PrefetchOutcome)
+PAGER_SHARD_WORDS = PAGER_HISTOGRAM + BUCKETS  # counters, outcomes by predictor, load latency
 
 
 @inner
@@ -238,17 +260,42 @@ class PagerMetrics:
         By the lower-case names of `PagerCounter`.
     load : Histogram
         Time from a load's start to its end.
+    predictors : dict
+        By the lower-case names of `Predictor`, what became of its prefetches: by those of `PrefetchOutcome`.
     """
 
     pid: int | None
     counters: dict[str, int]
     load: Histogram
+    predictors: dict[str, dict[str, int]]
+
+    @property
+    def prefetch_accuracy(self) -> float | None:
+        """Prefetches that were used before they were evicted, of all that were loaded; None before the first.
+
+        What was loaded and is neither used nor evicted yet counts against it, and so does what a pager had loaded that
+        another has taken over from.
+        """
+        completed = sum(outcomes["completed"] for outcomes in self.predictors.values())
+        return sum(outcomes["useful"] for outcomes in self.predictors.values()) / completed if completed else None
 
     @classmethod
     def from_words(cls, words: npt.NDArray[np.int64], pid: int | None) -> PagerMetrics:
         """Read the pager's shard."""
-        return cls(pid, {c.name.lower(): int(words[c]) for c in PagerCounter}, Histogram(words[PAGER_COUNTERS:]))
+        outcomes = words[PAGER_COUNTERS:PAGER_HISTOGRAM].reshape(len(Predictor), len(PrefetchOutcome))
+        return cls(
+            pid,
+            {c.name.lower(): int(words[c]) for c in PagerCounter},
+            Histogram(words[PAGER_HISTOGRAM:]),
+            {p.name.lower(): {o.name.lower(): int(outcomes[p, o]) for o in PrefetchOutcome} for p in Predictor},
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only."""
-        return {"pid": self.pid, **self.counters, "load": self.load.as_dict()}
+        return {
+            "pid": self.pid,
+            **self.counters,
+            "load": self.load.as_dict(),
+            "prefetch_accuracy": self.prefetch_accuracy,
+            "predictors": self.predictors,
+        }

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from numba import types
+
 from shmroute.shared.atomic import WORD, fetch_add
 from shmroute.shared.experts import QUEUE, request
-from shmroute.shared.kernel import inner
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.metrics import LaneCounter
 from shmroute.shared.ring import PUSHED, push
 from shmroute.shared.words import (
@@ -25,6 +27,7 @@ from shmroute.shared.words import (
     request_expert,
     request_layer,
     request_priority,
+    speculative,
 )
 
 
@@ -85,6 +88,25 @@ def submit(
     code = request(word_address, failure_address, priority)
     if code == QUEUE:
         if push(ring, bits, pack_request(layer, expert, PAGE_IN, priority, lane)) == PUSHED:
+            fetch_add(counters + LaneCounter.REQUESTS * WORD, 1)
+        else:
+            fetch_add(counters + LaneCounter.RING_FULL * WORD, 1)
+    return code
+
+
+@kernel(
+    types.int64(
+        types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64
+    )
+)  # fmt: skip
+def submit_speculation(
+    word_address: int, failure_address: int, ring: int, bits: int, counters: int, layer: int, expert: int, lane: int
+) -> int:
+    """Ask for an expert that a gate's speculation expects: as `submit`, at the lowest priority, and marked."""
+    code = request(word_address, failure_address, PREFETCH)
+    if code == QUEUE:
+        request_word = speculative(pack_request(layer, expert, PAGE_IN, PREFETCH, lane))
+        if push(ring, bits, request_word) == PUSHED:
             fetch_add(counters + LaneCounter.REQUESTS * WORD, 1)
         else:
             fetch_add(counters + LaneCounter.RING_FULL * WORD, 1)

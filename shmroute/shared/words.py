@@ -61,10 +61,12 @@ URGENT: Final = 3
 
 # Ring entry: a request, and the lap of the ring in which it was written.
 #
-#   63      32 31 30    25 24        23  22         21     12 11       0
-#   +---------+--+--------+------------+-----------+---------+---------+
-#   | cycle   |0 | lane   | priority   | direction | layer   | expert  |
-#   +---------+--+--------+------------+-----------+---------+---------+
+#   63      32 31    30    25 24        23  22         21     12 11       0
+#   +---------+-----+--------+------------+-----------+---------+---------+
+#   | cycle   |gate | lane   | priority   | direction | layer   | expert  |
+#   +---------+-----+--------+------------+-----------+---------+---------+
+#
+# `gate`: a prefetch that a gate's speculation proposed, not the user.
 CYCLE_SHIFT: Final = 32
 EXPERT_BITS: Final = 12
 LAYER_SHIFT: Final = 12
@@ -73,7 +75,8 @@ DIRECTION_SHIFT: Final = 22
 REQUEST_PRIORITY_SHIFT: Final = 23
 LANE_SHIFT: Final = 25
 LANE_BITS: Final = 6
-REQUEST_BITS: Final = 31
+GATE_SHIFT: Final = 31
+REQUEST_BITS: Final = 32
 
 PAGE_IN: Final = 0
 PAGE_OUT: Final = 1
@@ -113,6 +116,43 @@ DESTROYING: Final = 2
 # Bonus: what a resident expert's logit is raised by, value x 2^32.
 BONUS_ONE: Final = 1 << 32
 
+# Account: what a layer's tokens spent of its quality budget since the last adjustment of the bonus.
+#
+#   63  62      53 52         35 34                 0
+#   +--+----------+-------------+--------------------+
+#   |0 | missing  | tokens      | amount x 2^16      |
+#   +--+----------+-------------+--------------------+
+#
+# `amount` is at most 1 for each token; `missing` counts the additions in which a choice missed. It grows by fetch_add;
+# each of 32 workers may have added ACCOUNT_STEP_LIMIT tokens before one of them takes it.
+ACCOUNT_ONE_BITS: Final = 16
+ACCOUNT_TOKENS_SHIFT: Final = 35
+ACCOUNT_TOKENS_BITS: Final = 18
+ACCOUNT_MISSING_SHIFT: Final = 53
+ACCOUNT_MISSING_BITS: Final = 10
+ACCOUNT_STEP_LIMIT: Final = 1 << 12
+
+# Control: where the steering of a layer's bonus stands.
+#
+#   63     48 47     32 31              0
+#   +--------+---------+----------------+
+#   | steps  | jumps   | adjustments    |
+#   +--------+---------+----------------+
+#
+# `steps` of tracking, 0 while it searches; `jumps`, steps of the search, and all `adjustments`, modulo their widths.
+CONTROL_JUMPS_SHIFT: Final = 32
+CONTROL_STEPS_SHIFT: Final = 48
+CONTROL_FIELD_BITS: Final = 16
+
+# Follow: an expert of the next layer that follows an expert's choice, and how often; 0 for none.
+#
+#   63        45 44      32 31                0
+#   +-----------+----------+------------------+
+#   | 0         | expert+1 | share x 2^31     |
+#   +-----------+----------+------------------+
+SUCCESSORS: Final = 4
+FOLLOW_ONE: Final = 1 << 31
+FOLLOW_EXPERT_SHIFT: Final = 32
 # Spread: a layer's running mean of the largest minus the least choosing score of a token.
 #
 #   63  62           44 43                  0
@@ -239,6 +279,18 @@ def request_lane(request: int) -> int:
 
 
 @inner
+def speculative(request: int) -> int:
+    """The same request, marked as proposed by a gate's speculation."""
+    return request | (1 << GATE_SHIFT)
+
+
+@inner
+def request_speculative(request: int) -> int:
+    """Whether a gate's speculation proposed a request: 1 or 0."""
+    return (request >> GATE_SHIFT) & 1
+
+
+@inner
 def pack_wait(layer: int, expert: int) -> int:
     """A wait word that names an expert; never 0."""
     return ((layer << LAYER_SHIFT) | expert) + 1
@@ -272,6 +324,75 @@ def pack_bonus(value: float) -> int:
 def unpack_bonus(word: int) -> float:
     """The bonus of a word; rounded to nine decimals it is what was packed, if that had no more."""
     return word / BONUS_ONE
+
+
+@inner
+def pack_follow(expert: int, share: int) -> int:
+    """A follow word; `expert` is its number plus 1."""
+    return (expert << FOLLOW_EXPERT_SHIFT) | share
+
+
+@inner
+def follow_expert(word: int) -> int:
+    """The expert of a follow word, plus 1; 0 for none."""
+    return (word >> FOLLOW_EXPERT_SHIFT) & ((1 << (EXPERT_BITS + 1)) - 1)
+
+
+@inner
+def follow_share(word: int) -> int:
+    """The share of a follow word, up to `FOLLOW_ONE`."""
+    return word & LOW32
+
+
+@inner
+def pack_account(missing: int, tokens: int, amount: int) -> int:
+    """An account word, or what is added to one; `amount` in units of 2^-16."""
+    return signed((missing << ACCOUNT_MISSING_SHIFT) | (tokens << ACCOUNT_TOKENS_SHIFT) | amount)
+
+
+@inner
+def account_missing(word: int) -> int:
+    """In how many additions to an account a choice missed."""
+    return (word >> ACCOUNT_MISSING_SHIFT) & ((1 << ACCOUNT_MISSING_BITS) - 1)
+
+
+@inner
+def account_tokens(word: int) -> int:
+    """The tokens of an account."""
+    return (word >> ACCOUNT_TOKENS_SHIFT) & ((1 << ACCOUNT_TOKENS_BITS) - 1)
+
+
+@inner
+def account_amount(word: int) -> int:
+    """What an account's tokens spent, in units of 2^-16."""
+    return word & ((1 << ACCOUNT_TOKENS_SHIFT) - 1)
+
+
+@inner
+def pack_control(steps: int, jumps: int, adjustments: int) -> int:
+    """A control word; each field is taken modulo its width."""
+    field = (1 << CONTROL_FIELD_BITS) - 1
+    return signed(
+        ((steps & field) << CONTROL_STEPS_SHIFT) | ((jumps & field) << CONTROL_JUMPS_SHIFT) | (adjustments & LOW32)
+    )
+
+
+@inner
+def control_steps(word: int) -> int:
+    """Steps of tracking, 0 while the controller searches."""
+    return (word >> CONTROL_STEPS_SHIFT) & ((1 << CONTROL_FIELD_BITS) - 1)
+
+
+@inner
+def control_jumps(word: int) -> int:
+    """Steps of the search, modulo 2^16."""
+    return (word >> CONTROL_JUMPS_SHIFT) & ((1 << CONTROL_FIELD_BITS) - 1)
+
+
+@inner
+def control_adjustments(word: int) -> int:
+    """Steps of either kind, modulo 2^32."""
+    return word & LOW32
 
 
 @inner

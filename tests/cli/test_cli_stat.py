@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from cli_programs import CHECKPOINT
+from runtimes import Residency, small_config, unique_name
 
 from shmroute.cli.output import human_bytes, human_duration
 from shmroute.cli.stat import with_interval
+from shmroute.config import RouterConfig
+from shmroute.lifecycle import create
 from shmroute.shared.lanes import lane_identities
 from shmroute.shared.layout import LANE_WAIT
 from shmroute.shared.words import pack_wait
@@ -39,8 +43,24 @@ def test_json_has_the_documented_keys_and_takes_no_lane(cli, segment, name):
     assert shot["pager_counters"].keys() >= {"loads", "evictions", "bytes_read", "failures", "prefetches", "queued"}
     assert len(shot["layers"]) == 6
     assert shot["layers"][5].keys() == {
-        "layer", "number", "resident", "requested", "loading", "failed", "leased", "bonus",
+        "layer", "number", "resident", "requested", "loading", "failed", "leased", "bonus", "spent", "adjustments",
     }  # fmt: skip
+
+
+def test_a_quality_budget_is_shown_with_what_each_layer_spends(cli):
+    router = RouterConfig(quality_budget=0.05, budget_measure="changed")
+    with create(unique_name(), small_config(router=router), progress=None) as runtime:
+        Residency(runtime).load(0, 0, 2, 4, 6)
+        plain = cli("stat", runtime.name).stdout
+        assert "5.00% of a token (changed)" in plain
+        assert re.search(r"SPENT\s+ADJUSTED\n\s*0 .* -\s+0\n", plain)
+        logits = np.random.default_rng(0).normal(0, 1, (4000, 8)).astype(np.float32)
+        for batch in np.split(logits, 40):
+            runtime.router(0).route(batch)
+        layer = json.loads(cli("stat", runtime.name, "--json").stdout)["layers"][0]
+    assert layer["adjustments"] >= 10
+    assert layer["spent"] == pytest.approx(0.05, rel=0.5)
+    assert layer["bonus"] != 0.15
 
 
 def test_every_key_is_in_the_help(cli, segment, name):

@@ -14,7 +14,8 @@ from shmroute.shared.atomic import signed
 from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest
 
 EXPERT_MASK = (1 << 61) - 1
-REQUEST_MASK = (1 << w.REQUEST_BITS) - 1
+REQUEST_MASK = (1 << w.GATE_SHIFT) - 1
+"""All of a request but the mark of a speculation."""
 
 WIDTHS = {
     w.low32: 32, w.high32: 32, w.expert_state: w.STATE_BITS, w.expert_priority: w.PRIORITY_BITS,
@@ -23,6 +24,10 @@ WIDTHS = {
     w.request_lane: w.LANE_BITS, w.bell_epoch: 61, w.bell_state: w.BELL_STATE_BITS, w.identity_state: 2,
     w.identity_generation: w.GENERATION_BITS, w.identity_start: w.START_BITS, w.identity_pid: w.PID_BITS,
     w.failure_kind: 8, w.failure_errno: w.FAILURE_ERRNO_BITS, w.failure_not_before_ms: w.FAILURE_ERRNO_SHIFT,
+    w.account_missing: w.ACCOUNT_MISSING_BITS, w.account_tokens: w.ACCOUNT_TOKENS_BITS,
+    w.account_amount: w.ACCOUNT_TOKENS_SHIFT, w.control_steps: w.CONTROL_FIELD_BITS,
+    w.control_jumps: w.CONTROL_FIELD_BITS, w.control_adjustments: 32, w.request_speculative: 1,
+    w.follow_expert: w.EXPERT_BITS + 1, w.follow_share: 32,
 }  # fmt: skip
 """How many bits each field has."""
 
@@ -31,7 +36,7 @@ many_words = words | st.integers(-(2**200), 2**200)
 
 
 def test_every_field_of_every_word_is_looked_at() -> None:
-    kinds = ("expert_", "request_", "bell_", "identity_", "failure_", "low", "high")
+    kinds = ("expert_", "request_", "bell_", "identity_", "failure_", "account_", "control_", "follow_", "low", "high")
     named = {value for name, value in vars(w).items() if callable(value) and name.startswith(kinds)}
     assert named == set(WIDTHS)
 
@@ -57,11 +62,16 @@ def test_the_fields_of_any_word_pack_to_the_same_bits(word: int) -> None:
     assert w.pack_identity(*identity) == word
     failure = w.failure_kind(word), w.failure_errno(word), w.failure_not_before_ms(word)
     assert signed(w.pack_failure(*failure)) == word
+    account = w.account_missing(word), w.account_tokens(word), w.account_amount(word)
+    assert w.pack_account(*account) == word & (1 << 63) - 1
+    assert w.pack_control(w.control_steps(word), w.control_jumps(word), w.control_adjustments(word)) == word
+    assert w.pack_follow(w.follow_expert(word), w.follow_share(word)) == word & (1 << 45) - 1
     request = (
         w.request_layer(word), w.request_expert(word), w.request_direction(word), w.request_priority(word),
         w.request_lane(word),
     )  # fmt: skip
     assert w.pack_request(*request) == word & REQUEST_MASK
+    assert w.request_speculative(w.speculative(word & REQUEST_MASK)) == 1
 
 
 @fuzz(3)

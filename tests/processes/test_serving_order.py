@@ -107,7 +107,7 @@ def test_a_prefetched_expert_is_not_read_again_on_demand(world: World) -> None:
 
 
 def test_prefetch_by_affinity_fills_free_slots_with_what_the_router_favours(world: World) -> None:
-    runtime = world.create(slots=4, prefetch=2)
+    runtime = world.create(slots=4, prefetch=2, predictors=("affinity",))
     for _ in range(3):
         runtime.affinity(1).update([6, 2])  # activated, but never demanded
     eventually(lambda: runtime.resident(1) == [2, 6], "the prefetches")
@@ -116,17 +116,18 @@ def test_prefetch_by_affinity_fills_free_slots_with_what_the_router_favours(worl
 
 
 def test_prefetch_by_affinity_evicts_nothing_dearer(world: World) -> None:
-    runtime = world.create(slots=1, prefetch=2)
-    with runtime.expert(0, 0, PATIENCE):
+    runtime = world.create(slots=1, prefetch=2, predictors=("affinity",))
+    with runtime.expert(1, 0, PATIENCE):
         pass
-    runtime.affinity(0).update([0, 1])
+    runtime.affinity(1).update([0, 1])
     for _ in range(3):
-        runtime.affinity(0).update([0])  # expert 1 has decayed by a little
+        runtime.affinity(1).update([0])  # expert 1 has decayed by a little
+    runtime.affinity(0).update([])  # the layer before: now it may be layer 1's turn
     sweeps = world.counter("sweeps")
     eventually(lambda: world.counter("prefetches_cancelled") > 0)
     eventually(lambda: world.counter("sweeps") > sweeps + 3)
-    assert runtime.resident(0) == [0]
-    assert world.reads() == [(0, 0)]
+    assert runtime.resident(1) == [0]
+    assert world.reads() == [(1, 0)]
 
 
 def test_a_request_that_is_not_on_the_ring_is_found_by_the_sweep(world: World) -> None:

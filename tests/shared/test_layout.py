@@ -37,6 +37,7 @@ def regions(layout: Layout) -> list[tuple[str, int, int]]:
         ("uses", layout.uses, layout.num_layers * layout.use_row_bytes),
         *((name, getattr(layout, name), rows) for name in TABLES),
         ("resident", layout.resident, layout.num_layers * layout.resident_row_bytes),
+        ("successors", layout.successors, layout.num_layers * layout.successor_row_bytes),
         ("ring", layout.ring, names.RING_ENTRIES + (WORD << layout.ring_bits)),
         ("lanes", layout.lanes, layout.max_workers * layout.lane_bytes),
         ("pager", layout.pager, PAGER_SHARD_WORDS * WORD),
@@ -66,6 +67,7 @@ def test_the_rows_of_a_layer_and_the_lanes_start_on_lines(layout: Layout) -> Non
     assert layout.use_row_bytes % LINE == 0
     assert layout.use_row_bytes >= layout.num_experts * names.USE_BYTES
     assert layout.use_row(1) == layout.uses + layout.use_row_bytes
+    assert layout.successor_row_bytes % LINE == 0
     assert layout.row_bytes >= layout.num_experts * WORD
     assert layout.resident_row_bytes * 8 >= layout.num_experts
     assert layout.row(layout.experts, 1) == layout.experts + layout.row_bytes

@@ -135,11 +135,15 @@ def test_a_wait_word_is_never_zero_and_names_one_expert(layer: int, expert: int)
         [(0, w.PID_BITS), (w.START_SHIFT, w.START_BITS), (w.GENERATION_SHIFT, 12), (w.IDENTITY_SHIFT, 2)],
         [(0, w.FAILURE_ERRNO_SHIFT), (w.FAILURE_ERRNO_SHIFT, w.FAILURE_ERRNO_BITS), (w.FAILURE_KIND_SHIFT, 8)],
         [(0, w.EXPERT_BITS), (w.LAYER_SHIFT, w.LAYER_BITS), (w.DIRECTION_SHIFT, 1), (w.REQUEST_PRIORITY_SHIFT, 2),
-         (w.LANE_SHIFT, w.LANE_BITS), (w.REQUEST_BITS, 1), (w.CYCLE_SHIFT, 32)],
+         (w.LANE_SHIFT, w.LANE_BITS), (w.GATE_SHIFT, 1), (w.CYCLE_SHIFT, 32)],
         [(0, w.BELL_STATE_BITS), (2, 1), (w.EPOCH_SHIFT, 61)],
         [(0, w.SCORE_BITS), (w.TICK_SHIFT, 32)],
+        [(0, w.ACCOUNT_TOKENS_SHIFT), (w.ACCOUNT_TOKENS_SHIFT, w.ACCOUNT_TOKENS_BITS),
+         (w.ACCOUNT_MISSING_SHIFT, w.ACCOUNT_MISSING_BITS), (63, 1)],
+        [(0, 32), (w.CONTROL_JUMPS_SHIFT, w.CONTROL_FIELD_BITS), (w.CONTROL_STEPS_SHIFT, w.CONTROL_FIELD_BITS)],
+        [(0, 32), (w.FOLLOW_EXPERT_SHIFT, w.EXPERT_BITS + 1), (45, 19)],
     ],
-    ids=["expert", "identity", "failure", "ring entry", "bell", "affinity"],
+    ids=["expert", "identity", "failure", "ring entry", "bell", "affinity", "account", "control", "follow"],
 )  # fmt: skip
 def test_the_fields_of_a_word_adjoin_and_fill_it(fields: list[tuple[int, int]]) -> None:
     ends = [0, *(shift + bits for shift, bits in fields)]

@@ -309,6 +309,7 @@ class Eviction:
             self._place(word, np.zeros(count, np.float64))
         factors = rank_factor(LAST_TOKEN_GAIN, 1), rank_factor(TOKEN_BEFORE_GAIN, 1)
         self._place(t.NUMBERS, np.array([boost, config.top_k / experts, *factors]))
+        self._clocks = self._placed[t.SEEN_CLOCK].astype(np.int64, copy=False)
         begin(self.table)
 
     def _place(self, word: int, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> None:
@@ -331,6 +332,19 @@ class Eviction:
     def distances(self) -> npt.NDArray[np.int64]:
         """int64 [layers]: layers until some worker comes to each."""
         return self._placed[t.AHEAD].astype(np.int64)
+
+    def clocks(self) -> npt.NDArray[np.int64]:
+        """int64 [layers]: each layer's clock as it was last observed; not a copy."""
+        return self._clocks
+
+    def total(self, key: int) -> int:
+        """An expert's activations as they were last observed."""
+        return int(self._placed[t.SEEN_TOTAL][key])
+
+    @property
+    def workers(self) -> int:
+        """Workers under way, at least 1."""
+        return int(self._words[t.WORKERS])
 
     def loaded(self, slot: int, key: int) -> None:
         """Note that a slot has a new expert, as of its layer's present tick."""

@@ -8,10 +8,11 @@ from .lanes import LANES
 from .leases import LEASES
 from .lifecycle import LIFECYCLE
 from .metrics import METRICS
+from .quality_budget import QUALITY_BUDGET
 from .recording import RECORDING
 from .ring import RING
 from .spread import SPREAD
 from .takeover import TAKEOVER
 
-MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + RECORDING + SPREAD
+MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + RECORDING + SPREAD + QUALITY_BUDGET
 """Every mutant."""

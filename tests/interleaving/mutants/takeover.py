@@ -30,8 +30,8 @@ TAKEOVER = (
         "pager.slots:Slots.adopt",
         (
             (
-                "    self._free = np.flatnonzero(self._eviction.owners < 0)[::-1].tolist()",
-                "    self._free = list(range(len(self._eviction.owners)))",
+                "    self._free = np.flatnonzero(self.eviction.owners < 0)[::-1].tolist()",
+                "    self._free = list(range(len(self.eviction.owners)))",
             ),
         ),
         ("takeover", "takeover-of-one-slot"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, recording, ring, spread
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, quality_budget, recording, ring, spread
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -43,5 +43,7 @@ WORLDS: dict[str, type[World]] = {
     "threads": paging.Threads,
     "takeover": paging.Takeover,
     "takeover-of-one-slot": paging.TakeoverOfOneSlot,
+    "quality-budget": quality_budget.QualityBudget,
+    "quality-budget-batches": quality_budget.QualityBudgetBatches,
 }
 """Every world, by the name that schedules are printed with."""

@@ -33,7 +33,7 @@ from shmroute.pager_lock import PagerLock
 from shmroute.runtime import Runtime
 from shmroute.shared.atomic import WORD
 from shmroute.shared.layout import LANE_IDENTITY, LANE_WAIT
-from shmroute.shared.metrics import LANE_COUNTERS, PAGER_COUNTERS
+from shmroute.shared.metrics import LANE_COUNTERS, PAGER_HISTOGRAM
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import (
     LOADING,
@@ -154,7 +154,7 @@ class Paging(World):
         shortened = (
             (shmroute.shared.lanes, "LANE_SHARD_WORDS", self.shard),
             (shmroute.metrics, "LANE_SHARD_WORDS", self.shard),
-            (shmroute.metrics, "PAGER_SHARD_WORDS", PAGER_COUNTERS),
+            (shmroute.metrics, "PAGER_SHARD_WORDS", PAGER_HISTOGRAM),
         )
         for module, name, count in shortened:
             setattr(module, name, count)

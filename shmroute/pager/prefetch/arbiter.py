@@ -1,0 +1,217 @@
+"""Which proposals are loaded, and in whose place.
+
+A prefetch must be worth three things that it takes: time of the I/O threads, which demands may want; a slot, whose
+expert somebody may want back; and trust, which its predictor has earned or not.
+
+- *Time.* Demands go first, and one thread of several is kept for them. A predictor is asked only if its precision is
+  above `LEAST_PRECISION` and above the share of time that demands take: where they take all, a load ahead of them can
+  at best be one that they would want anyway. The pager has no ideas of its own while prefetches and demands together
+  take all the time.
+- *The slot.* By what the pager has seen of both, the expert that goes must be expected later than the one that comes:
+  that one at its layer's next token if its predictor is right (as often as it was *punctual*), else when its own
+  shares say (`candidates.layers_until_use`).
+- *Trust.* A predictor that is not precise enough in a layer is turned down there, and one whose prefetches have cost
+  more than they saved (`balance`) everywhere, but for one proposal in `PROBE`, from which it can win trust back. So
+  what wrong predictions can cost is bounded by a share of the loads, whatever the stream.
+
+A prediction for the next token is stale once every worker has passed its layer since.
+
+Users' hints are theirs to judge: they go through, and only wait for demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from shmroute.pager.eviction.tables import Tables
+from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.prefetch import names
+from shmroute.pager.prefetch.balance import Balance
+from shmroute.pager.prefetch.candidates import find_candidates, layers_until_use
+from shmroute.pager.prefetch.record import Prefetched, TrackRecord
+from shmroute.pager.prefetch.spare import SpareBandwidth
+from shmroute.shared.experts import read_word
+from shmroute.shared.metrics import Predictor, PrefetchOutcome
+
+LEAST_PRECISION: Final = 0.3
+"""Of a predictor that is asked."""
+PROBE: Final = 128
+"""Of what a predictor that is turned down would propose, one in so many is loaded."""
+GONE_ANYWAY: Final = 0.5
+"""What part of a load is charged to an unused prefetch for the expert that went for it, if that is demanded after the
+prefetched one is gone too: it might have gone for another by then."""
+REACH: Final = {Predictor.TRANSITIONS: 1, Predictor.PREVIOUS_TOKEN: 1, Predictor.AFFINITY: 2}
+"""Layers ahead of a worker for which a predictor is asked."""
+
+
+class Arbiter:
+    """All prefetching of one pager, or of a replay.
+
+    Parameters
+    ----------
+    tables : Tables
+        A segment, or what stands for one.
+    eviction : Eviction
+        Whose observations are used.
+    count : callable
+        Called as ``count(predictor, outcome)`` for each change of a prefetch.
+
+    Attributes
+    ----------
+    record : TrackRecord
+    spare : SpareBandwidth
+    balance : Balance
+    """
+
+    def __init__(
+        self, tables: Tables, eviction: Eviction, count: Callable[[int, PrefetchOutcome], None] = lambda _, __: None
+    ) -> None:
+        config, layout = tables.config, tables.layout
+        self._budget = config.pager.prefetch
+        named = {names.PREDICTORS[name] for name in config.pager.predictors} if self._budget else set()
+        self._asked_by_pager = [predictor for predictor in names.BY_PAGER if predictor in named]
+        self._honoured = named | {Predictor.HINT}
+        self._num_layers, self._num_experts = config.num_layers, config.num_experts
+        self._eviction = eviction
+        self._tables = tables
+        self._successors = tables.address + layout.successors, layout.successor_row_bytes
+        self.record = TrackRecord(config.num_layers, config.num_experts, count)
+        self.spare = SpareBandwidth(config.pager.io_threads)
+        self.balance = Balance()
+        self._gone_for: dict[int, tuple[int, int]] = {}  # of experts that went for prefetches: those, and whose idea
+        self._refused = np.zeros((len(Predictor), config.num_layers), np.int64)
+        self._looked = np.full((len(Predictor), config.num_layers), -1, np.int64)
+        self._scores = np.zeros(config.num_experts, np.float64)
+        self._keys = np.zeros(max(self._budget, 1), np.int64)
+
+    # ---------------------------------------------------------- proposals
+
+    def proposals(self, now: float) -> list[tuple[int, int]]:
+        """The (key, predictor) that the pager should ask for now: within the budget, the soonest layers first.
+
+        To be called when nothing is demanded, after `Eviction.observe`.
+        """
+        room = self._budget - self.record.queued
+        if room <= 0 or not self._asked_by_pager or self.spare.spare(now) <= 0:
+            return []
+        found: list[tuple[int, int]] = []
+        distances, clocks = self._eviction.distances(), self._eviction.clocks()
+        nobody = distances.min() > 1  # is under way: affinity alone says something then, of what was activated
+        for layer in np.argsort(distances, kind="stable").tolist():
+            for predictor in self._asked_by_pager:
+                source = clocks[layer if nobody else layer - 1]  # the layer before has been routed since
+                in_reach = predictor == Predictor.AFFINITY if nobody else distances[layer] <= REACH[predictor]
+                if not in_reach or self._looked[predictor, layer] == source:
+                    continue
+                self._looked[predictor, layer] = source
+                taken = {key for key, _ in found}
+                found += [
+                    (key, predictor)
+                    for key in self._candidates(predictor, layer, room)
+                    if key not in taken and self.trusts(predictor, layer, now)
+                ]
+            if len(found) >= room or (not nobody and distances[layer] > max(REACH.values())):
+                break
+        return found[:room]
+
+    def _candidates(self, predictor: int, layer: int, count: int) -> list[int]:
+        found = find_candidates(
+            self._eviction.table, *self._successors, predictor, layer, self._scores.ctypes.data,
+            self._keys.ctypes.data, count,
+        )  # fmt: skip
+        keys: list[int] = self._keys[:found].tolist()
+        return keys
+
+    def trusts(self, predictor: int, layer: int, now: float) -> bool:
+        """Whether a predictor's next proposal in a layer is taken: it is precise enough, or this is a probe."""
+        if predictor not in self._honoured:
+            return False
+        if predictor == Predictor.HINT:
+            return True
+        precise = self.record.precision[predictor, layer] >= max(LEAST_PRECISION, self.spare.demanded(now))
+        if precise and self.balance.is_worth_it(predictor):
+            return True
+        self._refused[predictor, layer] += 1
+        return bool(self._refused[predictor, layer] % PROBE == 0)
+
+    # ---------------------------------------------------------- one prefetch, from its beginning to its end
+
+    def asked(self, key: int, predictor: int, now: float) -> None:
+        """Note that an expert was asked for, because a predictor, or a user, says that it will be wanted."""
+        layer, expert = divmod(key, self._num_experts)
+        total = read_word(self._tables.address + self._tables.layout.activations(layer, expert))
+        self.record.asked(key, Prefetched(predictor, int(total), int(self._eviction.clocks()[layer]), now))
+
+    def still_wanted(self, key: int) -> bool:
+        """Whether a prefetch that could begin now is not stale."""
+        prefetched = self.record.pending.get(key)
+        if prefetched is None or prefetched.predictor in (Predictor.HINT, Predictor.AFFINITY):
+            return True
+        return int(self._eviction.clocks()[key // self._num_experts]) - prefetched.clock < self._eviction.workers
+
+    def may_replace(self, key: int, victim: int) -> bool:
+        """Whether an expert that would go is expected later than the one that is prefetched in its place."""
+        prefetched = self.record.pending.get(key)
+        if prefetched is None or prefetched.predictor == Predictor.HINT:
+            return True
+        table, layer = self._eviction.table, key // self._num_experts
+        expected = float(layers_until_use(table, key))
+        if prefetched.predictor != Predictor.AFFINITY:
+            punctual = float(self.record.punctuality[prefetched.predictor, layer])
+            expected += (float(self._eviction.distances()[layer]) - expected) * punctual
+        if expected >= float(layers_until_use(table, victim)):
+            return False
+        self._gone_for[victim] = prefetched.predictor, key
+        prefetched.victim = victim
+        return True
+
+    def look(self) -> None:
+        """See what was used, after `Eviction.observe`."""
+        for key in list(self.record.pending):
+            self._look(key)
+
+    def _look(self, key: int) -> None:
+        prefetched = self.record.pending[key]
+        clock = int(self._eviction.clocks()[key // self._num_experts])
+        if self.record.look(key, self._eviction.total(key), clock, self._eviction.workers):
+            self._gone_for.pop(prefetched.victim, None)
+            self.balance.saved(prefetched.predictor, prefetched.load_seconds)
+
+    def loaded(self, key: int, seconds: float, now: float, *, demanded: bool) -> None:
+        """Note that a load has ended, demanded or not."""
+        self.spare.loaded(seconds, now, demanded=demanded)
+        if key in self.record:
+            self.record.loaded(key, seconds)
+
+    def demanded(self, key: int) -> None:
+        """Note that an expert is demanded that is not there."""
+        predictor, came = self._gone_for.pop(key, (-1, -1))
+        if predictor >= 0:
+            share = 1.0 if came in self.record else GONE_ANYWAY
+            self.balance.cost(predictor, share * self.spare.load_seconds)
+
+    def delayed(self, key: int, seconds: float) -> None:
+        """Note that a demand waited so long for the end of a load; nothing if that was no prefetch."""
+        prefetched = self.record.pending.get(key)
+        if prefetched is not None:
+            self.balance.cost(prefetched.predictor, seconds)
+
+    def overtaken(self, key: int) -> None:
+        """Note that an expert is demanded whose load has not begun; nothing if it was no prefetch."""
+        if key in self.record:
+            self.record.overtaken(key)
+
+    def cancelled(self, key: int) -> None:
+        """Note that an expert will not be loaded, or could not; nothing if it was no prefetch."""
+        if key in self.record:
+            self.record.cancelled(key)
+
+    def evicted(self, key: int) -> None:
+        """Note that an expert went, after `Eviction.observe`; nothing if it was no prefetch, or was used."""
+        if key in self.record:
+            self._look(key)
+        if key in self.record:
+            self.record.evicted(key)

@@ -1,0 +1,110 @@
+"""`Runtime.speculate`: the next layer's gate, a layer ahead; and what becomes of prefetches in a live pager."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtimes import unique_name
+
+import shmroute
+from shmroute import PagerConfig, PagingPriority, Runtime, RuntimeConfig
+from shmroute.demo.recording import Recording
+from shmroute.shared.ring import ring_pop
+from shmroute.shared.words import request_speculative
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny-mixtral"
+
+
+@pytest.fixture
+def hidden() -> np.ndarray:
+    return Recording.load(CHECKPOINT).hidden
+
+
+def made(pager: bool, **settings: object) -> Runtime:
+    config = RuntimeConfig.from_checkpoint(CHECKPOINT, "25%", pager=PagerConfig(**settings))
+    return shmroute.create(unique_name(), config, pager=pager, progress=None)
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    """Without a pager: requests stay on the ring."""
+    with made(pager=False) as runtime:
+        yield runtime
+
+
+def test_it_asks_for_what_the_next_gate_says_marked_as_speculation(runtime: Runtime, hidden: np.ndarray) -> None:
+    x = hidden[7, 2]
+    expected = np.argsort(-(runtime.gate(3) @ x))[:2].tolist()
+    requests = runtime.speculate(2, x)
+    assert [(request.layer, request.expert) for request in requests] == [(3, expert) for expert in expected]
+    assert {request.priority for request in requests} == {PagingPriority.PREFETCH}
+    runtime.prefetch(5, [1])
+    segment = runtime._attachment.segment
+    ring, bits = segment.address + segment.layout.ring, segment.layout.ring_bits
+    assert [request_speculative(ring_pop(ring, bits)) for _ in range(3)] == [1, 1, 0]
+    assert runtime.speculate(2, x) == []  # requested already
+
+
+def test_a_batch_asks_for_each_expert_once_those_of_most_weight_first(runtime: Runtime, hidden: np.ndarray) -> None:
+    x = hidden[:40, 0]
+    requests = runtime.speculate(0, x)
+    chosen = np.argsort(-(x @ runtime.gate(1).T), axis=1)[:, :2]
+    assert sorted(request.expert for request in requests) == np.unique(chosen).tolist()
+    assert requests[0].expert == np.bincount(chosen.ravel()).argmax()
+
+
+def test_after_the_last_layer_there_is_nothing_to_ask_for(runtime: Runtime, hidden: np.ndarray) -> None:
+    assert runtime.speculate(5, hidden[0, 5]) == []
+
+
+@pytest.mark.parametrize("settings", [{"prefetch": 0}, {"predictors": ("affinity",)}], ids=str)
+def test_where_the_settings_leave_no_place_for_it_nothing_is_asked_for(
+    settings: dict[str, object], hidden: np.ndarray
+) -> None:
+    with made(pager=False, **settings) as runtime:
+        assert runtime.speculate(0, hidden[0, 0]) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (np.zeros(127, np.float32), r"float32 \[127\]"),
+        (np.zeros((2, 2, 128), np.float32), r"float32 \[2, 2, 128\]"),
+        (np.zeros(128), r"float64 \[128\]"),
+        (np.full(128, np.nan, np.float32), "with NaN or inf"),
+        (np.float32(1), "1.0"),
+        ([0.0] * 128, r"\[0.0"),
+    ],
+    ids=["size", "rank", "dtype", "nan", "scalar", "list"],
+)
+def test_what_is_no_hidden_state_is_refused(runtime: Runtime, bad: object, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"hidden must be finite float32 \[128\] or \[T, 128\], not .*{what}"):
+        runtime.speculate(0, bad)  # type: ignore[arg-type]
+
+
+def test_a_live_pager_counts_what_becomes_of_each_predictors_prefetches(hidden: np.ndarray) -> None:
+    with made(pager=True) as runtime:
+        for token in range(120):
+            for layer in range(6):
+                decision = runtime.router(layer).route(runtime.gate(layer) @ hidden[token, layer])
+                runtime.speculate(layer, hidden[token, layer])
+                for _ in runtime.experts(layer, decision.experts):
+                    pass
+        deadline = time.monotonic() + 20
+        while (pager := runtime.metrics().pager).counters["queued"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        gate = pager.predictors["gate"]
+        assert gate["issued"] > 20
+        assert gate["issued"] >= gate["completed"] + gate["overtaken"] + gate["cancelled"]
+        assert gate["completed"] >= gate["useful"] + gate["wasted"]
+        assert gate["useful"] + gate["overtaken"] > 0
+        completed = sum(outcomes["completed"] for outcomes in pager.predictors.values())
+        assert completed == pager.counters["prefetches"]
+        assert pager.prefetch_accuracy == pytest.approx(
+            sum(outcomes["useful"] for outcomes in pager.predictors.values()) / completed
+        )
+        assert pager.as_dict()["predictors"]["gate"] == gate
