@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from shmroute.config import PagerConfig, RuntimeConfig
 from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.victims import Eviction, admit, find_victim
@@ -85,7 +86,17 @@ def hits_of(accesses: Accesses, slots: int, policy: str, observe_every: int = 1)
         The pager looks at what was published once in so many steps.
     """
     load_kernels()
-    tables = PrivateTables(accesses, slots, policy)
+    tables = PrivateTables(
+        RuntimeConfig(
+            num_layers=accesses.num_layers,
+            num_experts=accesses.num_experts,
+            top_k=accesses.top_k,
+            expert_bytes=1,
+            slots=slots,
+            max_workers=accesses.num_workers,
+            pager=PagerConfig(eviction=policy),
+        )
+    )
     eviction = Eviction(tables, power_table(tables.config.affinity.decay))
     hits = np.zeros(len(accesses.keys), np.int64)
     serve(eviction.table, accesses.keys, accesses.starts, accesses.layers, accesses.workers, hits, observe_every)

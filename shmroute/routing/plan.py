@@ -23,8 +23,8 @@ from shmroute.shared.layout import (
     LINE,
 )
 from shmroute.shared.metrics import LANE_COUNTERS
-from shmroute.shared.segment import Segment
 from shmroute.shared.stopwatch import cycle_scale
+from shmroute.shared.tables import Tables
 
 # Words of a plan.
 STATUS: Final = 0
@@ -94,13 +94,14 @@ class Plan:
 
     Parameters
     ----------
-    segment : Segment
+    segment : Tables
+        A segment, or what stands for one.
     layer, lane : int
     powers : int
         Address of the affinity's power table, which outlives the plan.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int) -> None:
+    def __init__(self, segment: Tables, layer: int, lane: int, powers: int) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []

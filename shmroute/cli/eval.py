@@ -1,0 +1,316 @@
+"""``shmroute eval``: what routing rules gain in hits and cost in perplexity, in the closed loop on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shmroute.cli.output import complain, console, human_share, note
+from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.errors import ConfigError
+from shmroute.lifecycle import report_compilation
+from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
+from shmroute.shared.words import MAX_LANES
+from shmroute.validation import require, require_int
+
+if TYPE_CHECKING:
+    from shmroute.evaluation.comparison import Outcome
+
+DEFAULT_RULES = ("absolute=0.15,0.5,1",)
+
+NONE = "none"
+"""The rule without a bonus."""
+
+PLAIN_INTERVAL = 0.1
+"""How much of the whole is done between two progress lines where there is no terminal."""
+
+
+def eval_(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Mixtral checkpoint.", show_default=False)],
+    text: Annotated[
+        Path,
+        typer.Argument(
+            help="Held-out text: an .npz with token ids, an integer array for each text; or plain UTF-8 text, which "
+            "needs shmroute[text].",
+            show_default=False,
+        ),
+    ],
+    budgets: Annotated[
+        str, typer.Option(help="What the slots may hold, with commas between: shares (25%) or sizes (1GiB).")
+    ] = "25%,50%",
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            metavar="NAME=STRENGTH,…",
+            help=f"A rule and its strengths; may be given several times.  [default: {' '.join(DEFAULT_RULES)}]",
+            show_default=False,
+        ),
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help=f"Eviction policies, with commas between: {', '.join(POLICIES)}.")
+    ] = DEFAULT_POLICY,
+    streams: Annotated[int, typer.Option(help="That share a pool, as workers would.")] = 4,
+    window: Annotated[
+        int, typer.Option(help="Tokens of each stream; the first is given, the others are predicted.")
+    ] = 192,
+    pools: Annotated[
+        int | None,
+        typer.Option(help="At most so many, spread evenly over the text; all by default.", show_default=False),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Settings that run at once; one for each core by default.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also draw hit rate and perplexity (needs shmroute[plots]).", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Decode held-out text with every rule, strength and budget: hit rate, and perplexity against the unbiased choice.
+
+    The loop is closed: choices depend on what is resident, and what is resident on the choices. The experts are chosen
+    by the runtime's own routing kernel and kept by the pager's own eviction; every miss is loaded at once. The text is
+    cut into windows; STREAMS of them share a pool, at one pace, spread over the layers, and it begins empty. Changes of
+    perplexity are on the same tokens; their 95 % intervals are by bootstrap over pools.
+
+    Example: shmroute eval examples/tiny-mixtral examples/tiny-mixtral/heldout_tokens.npz --budgets 50% --pools 16
+    """
+    # Here, since only this command compiles the kernels of the evaluation.
+    from shmroute.evaluation.comparison import compare  # noqa: PLC0415
+    from shmroute.evaluation.decoder import DecoderConfig  # noqa: PLC0415
+    from shmroute.evaluation.text import deal, read_texts  # noqa: PLC0415
+    from shmroute.evaluation.worker import Task  # noqa: PLC0415
+    from shmroute.shared.kernel import load_kernels  # noqa: PLC0415
+
+    require_int("--streams", streams, 1, MAX_LANES)
+    require_int("--window", window, 2, 1 << 20)
+    for option, value, most in (("--pools", pools, 1 << 30), ("--jobs", jobs, 1024)):
+        if value is not None:
+            require_int(option, value, 1, most)
+    routers = [router for rule in rules or DEFAULT_RULES for router in chosen_routers(rule)]
+    if plot is not None:
+        _check_plottable(plot)
+    model = DecoderConfig.read(checkpoint / "config.json")
+    require(
+        window <= model.max_positions,
+        f"--window {window} is more than the {model.max_positions} positions that the model has",
+    )
+    configs = chosen_configs(checkpoint, budgets, policies, routers, streams)
+    windows = deal(read_texts(text, checkpoint, model.vocab_size), text, window, streams, pools)
+    for slots in dict.fromkeys(config.slots for config in configs):
+        if slots < configs[0].num_layers * configs[0].top_k:
+            complain(
+                f"WARNING: {slots} slots are fewer than one token's cycle of {configs[0].num_layers} layers × "
+                f"{configs[0].top_k} experts"
+            )
+    # As Ctrl-C does: leave the `finally` blocks, which end the workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    load_kernels(report_compilation)  # here, so that the workers find them
+    task = Task(str(checkpoint), str(text), window, streams, pools)
+    with _progress() as watch:
+        outcomes = compare(task, configs, jobs or os.cpu_count() or 1, watch)
+    tokens = int(windows.shape[0] * streams * (window - 1))
+    failed = plot is not None and not _drawn(outcomes, tokens, plot)
+    if as_json:
+        typer.echo(json.dumps(as_dict(outcomes, task, tokens)))
+    else:
+        console().print(rendered(outcomes, tokens, windows.shape[0], streams))
+    if failed:
+        raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+def chosen_routers(rule: str) -> list[RouterConfig]:
+    """What a ``--rule`` names: the routers of each strength.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such rule, or a strength is none.
+    """
+    name, _, strengths = rule.partition("=")
+    if name.strip() != "absolute" or not strengths:
+        raise ConfigError(f"--rule {rule!r} is no rule; write a name and strengths, such as absolute=0.15,0.5")
+    found = []
+    for strength in strengths.split(","):
+        try:
+            value = float(strength)
+        except ValueError:
+            raise ConfigError(f"--rule {rule!r}: the strength {strength!r} is no number") from None
+        found.append(RouterConfig(cache_bonus=value, metrics=False))
+    return found
+
+
+def chosen_configs(
+    checkpoint: Path, budgets: str, policies: str, routers: list[RouterConfig], streams: int
+) -> list[RuntimeConfig]:
+    """All settings: for each budget and policy no bonus, then every rule and strength.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such policy, or a budget holds too few experts.
+    CheckpointError
+        If the checkpoint cannot be served.
+    """
+    named = list(dict.fromkeys(policy.strip() for policy in policies.split(",")))
+    for policy in named:
+        require(policy in POLICIES, f"--policies: there is no policy {policy!r}; give {', '.join(POLICIES)}")
+    plain = RouterConfig(memory_aware=False, metrics=False)
+    configs = [
+        RuntimeConfig.from_checkpoint(
+            checkpoint, budget.strip(), router=router, pager=PagerConfig(eviction=policy), max_workers=streams
+        )
+        for budget in dict.fromkeys(budgets.split(","))
+        for policy in named
+        for router in (plain, *routers)
+    ]
+    for config in configs:
+        require(
+            config.slots >= config.top_k,
+            f"--budgets: {config.slots} slots cannot hold the {config.top_k} experts that a token chooses",
+        )
+    return configs
+
+
+# ------------------------------------------------------------------ while it runs
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, int], None]]:
+    """What to call with how many runs are done, and of how many: a bar on a terminal, lines elsewhere."""
+    if sys.stderr.isatty():
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+            bar = bars.add_task("decoding")
+
+            def watch(done: float, count: int) -> None:
+                bars.update(bar, completed=done, total=count, description=f"decoding, {int(done)} of {count} settings")
+
+            yield watch
+        return
+    reported = 0.0
+
+    def write(done: float, count: int) -> None:
+        nonlocal reported
+        if done / count >= reported + PLAIN_INTERVAL:
+            reported = done / count
+            note(f"decoding: {int(done)} of {count} settings done, {reported:.0%} of the work")
+
+    yield write
+
+
+# ------------------------------------------------------------------ showing
+
+
+def rule_of(router: RouterConfig) -> str:
+    """A rule's name with all that is not as by default, but for its strength."""
+    return "absolute" if router.memory_aware else NONE
+
+
+def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
+    """The JSON object."""
+    return {
+        **dataclasses.asdict(task),
+        "tokens": tokens,
+        "results": [
+            {
+                "budget": one.config.slots / (one.config.num_layers * one.config.num_experts),
+                "slots": one.config.slots,
+                "eviction": one.config.pager.eviction,
+                "rule": rule_of(one.config.router),
+                "strength": one.config.router.cache_bonus if one.config.router.memory_aware else 0.0,
+                **{name: value for name, value in vars(one).items() if name != "config"},
+            }
+            for one in outcomes
+        ],
+    }
+
+
+def rendered(outcomes: list[Outcome], tokens: int, pools: int, streams: int) -> Table:
+    """The same for people."""
+    config = outcomes[0].config
+    total = config.num_layers * config.num_experts
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title_justify="left",
+        title=f"{tokens:,} tokens in {pools} pools of {streams} streams; {config.num_layers} layers × "
+        f"{config.num_experts} experts, top {config.top_k}",
+    )  # fmt: skip
+    table.add_column("SLOTS", justify="right", no_wrap=True)
+    table.add_column("POLICY", no_wrap=True)
+    table.add_column("RULE", no_wrap=True)
+    for label in ("STRENGTH", "HIT RATE", "MISSES LEFT", "CHANGED", "LOADS/TOKEN", "PERPLEXITY", "CHANGE", "95 %"):
+        table.add_column(label, justify="right", no_wrap=True)
+    previous = None
+    for one in outcomes:
+        group = one.config.slots, one.config.pager.eviction
+        if previous not in (None, group):
+            table.add_section()
+        first, previous = group != previous, group
+        biased = one.config.router.memory_aware
+        table.add_row(
+            f"{one.config.slots} ({human_share(one.config.slots / total)})" if first else "",
+            one.config.pager.eviction if first else "",
+            rule_of(one.config.router),
+            f"{one.config.router.cache_bonus:g}" if biased else "",
+            f"{one.hit_rate:.3f}",
+            human_share(one.misses_left) if biased else "",
+            human_share(one.changed) if biased else "",
+            f"{one.loads_per_token:.2f}",
+            f"{one.perplexity:.2f}",
+            f"{one.perplexity_change:+.2%}" if biased else "",
+            f"{one.low:+.2%} … {one.high:+.2%}" if biased else "",
+        )
+    return table
+
+
+def _check_plottable(path: Path) -> None:
+    try:
+        import matplotlib  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'shmroute[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    require(
+        path.suffix.lstrip(".").lower() in kinds,
+        f"--plot {str(path)!r}: the name must end in one of {', '.join(kinds)}",
+    )
+    require(path.absolute().parent.is_dir(), f"--plot {str(path)!r}: there is no folder {path.absolute().parent}")
+
+
+def _drawn(outcomes: list[Outcome], tokens: int, path: Path) -> bool:
+    """Draw; whether that went well. What cannot be written is no reason not to print the results."""
+    from shmroute.evaluation.plots import draw  # noqa: PLC0415
+
+    lines: dict[str, list[Outcome]] = {}
+    several = len({one.config.pager.eviction for one in outcomes}) > 1
+    for one in outcomes:
+        if one.config.router.memory_aware:
+            share = human_share(one.config.slots / (one.config.num_layers * one.config.num_experts))
+            policy = f", {one.config.pager.eviction}" * several
+            lines.setdefault(f"{rule_of(one.config.router)}, {share} in slots{policy}", []).append(one)
+    try:
+        draw(lines, f"{tokens:,} tokens, change against the unbiased choice", path)
+    except OSError as error:
+        complain(f"the plot was not written: {error}")
+        return False
+    return True
