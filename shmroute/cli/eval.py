@@ -173,7 +173,7 @@ def chosen_configs(
     named = list(dict.fromkeys(policy.strip() for policy in policies.split(",")))
     for policy in named:
         require(policy in POLICIES, f"--policies: there is no policy {policy!r}; give {', '.join(POLICIES)}")
-    plain = RouterConfig(memory_aware=False, metrics=False)
+    plain = RouterConfig(cache_bonus=0.0, memory_aware=False, metrics=False)
     configs = [
         RuntimeConfig.from_checkpoint(
             checkpoint, budget.strip(), router=router, pager=PagerConfig(eviction=policy), max_workers=streams

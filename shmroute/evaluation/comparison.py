@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.config import RuntimeConfig
+from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.evaluation.crew import run_all
 from shmroute.evaluation.loop import Run
 from shmroute.evaluation.worker import Task
@@ -74,7 +74,10 @@ def interval(differences: npt.NDArray[np.float64], seed: int = 0) -> tuple[float
 
 def unbiased(config: RuntimeConfig) -> RuntimeConfig:
     """The same settings without a bonus."""
-    return dataclasses.replace(config, router=dataclasses.replace(config.router, memory_aware=False))
+    router = RouterConfig(
+        cache_bonus=0.0, memory_aware=False, renormalize=config.router.renormalize, metrics=config.router.metrics
+    )
+    return dataclasses.replace(config, router=router)
 
 
 def compare(

@@ -5,6 +5,7 @@ NumPy's own threads would gain little with matrices this small, and lose much on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -71,7 +72,8 @@ class _Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # of what it never read
+                pipe.close()
 
 
 class _Crew:
