@@ -23,7 +23,7 @@ from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.shared.words import MAX_LANES
-from shmroute.validation import require, require_int
+from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
     from shmroute.evaluation.comparison import Outcome
@@ -56,6 +56,14 @@ def eval_(
             "--rule",
             metavar="NAME=STRENGTH,…",
             help=f"A rule and its strengths; may be given several times.  [default: {' '.join(DEFAULT_RULES)}]",
+            show_default=False,
+        ),
+    ] = None,
+    layer_factors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FACTOR,…",
+            help="By what each layer's strength is multiplied; may be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -110,20 +118,16 @@ def eval_(
         window <= model.max_positions,
         f"--window {window} is more than the {model.max_positions} positions that the model has",
     )
-    configs = chosen_configs(checkpoint, budgets, policies, routers, streams)
+    settings = chosen_settings(checkpoint, budgets, policies, routers, layer_factors or [], streams)
     windows = deal(read_texts(text, checkpoint, model.vocab_size), text, window, streams, pools)
-    for slots in dict.fromkeys(config.slots for config in configs):
-        if slots < configs[0].num_layers * configs[0].top_k:
-            complain(
-                f"WARNING: {slots} slots are fewer than one token's cycle of {configs[0].num_layers} layers × "
-                f"{configs[0].top_k} experts"
-            )
+    for warning in dict.fromkeys(warning for one in settings for warning in budget_warnings(one.config)):
+        complain(f"WARNING: {warning}")
     # As Ctrl-C does: leave the `finally` blocks, which end the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load_kernels(report_compilation)  # here, so that the workers find them
     task = Task(str(checkpoint), str(text), window, streams, pools)
     with _progress() as watch:
-        outcomes = compare(task, configs, jobs or os.cpu_count() or 1, watch)
+        outcomes = compare(task, settings, jobs or os.cpu_count() or 1, watch)
     tokens = int(windows.shape[0] * streams * (window - 1))
     failed = plot is not None and not _drawn(outcomes, tokens, plot)
     if as_json:
@@ -158,15 +162,15 @@ def chosen_routers(rule: str) -> list[RouterConfig]:
     return found
 
 
-def chosen_configs(
-    checkpoint: Path, budgets: str, policies: str, routers: list[RouterConfig], streams: int
-) -> list[RuntimeConfig]:
-    """All settings: for each budget and policy no bonus, then every rule and strength.
+def chosen_settings(
+    checkpoint: Path, budgets: str, policies: str, routers: list[RouterConfig], factors: list[str], streams: int
+) -> list[Setting]:
+    """For each budget and policy no bonus, then every rule and strength, with all factors.
 
     Raises
     ------
     ConfigError
-        If there is no such policy, or a budget holds too few experts.
+        If there is no such policy, a budget holds too few experts, or factors are none, or not one for each layer.
     CheckpointError
         If the checkpoint cannot be served.
     """
@@ -187,7 +191,24 @@ def chosen_configs(
             config.slots >= config.top_k,
             f"--budgets: {config.slots} slots cannot hold the {config.top_k} experts that a token chooses",
         )
-    return configs
+    even = (1.0,) * configs[0].num_layers
+    given = [_factors(text, len(even)) for text in factors] or [even]
+    return [
+        Setting(config, each) for config in configs for each in (given if config.router.memory_aware else [even])
+    ]
+
+
+def _factors(text: str, layers: int) -> tuple[float, ...]:
+    try:
+        factors = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--layer-factors {text!r}: numbers with commas between are expected") from None
+    require(
+        len(factors) == layers, f"--layer-factors {text!r} has {len(factors)} numbers; the model has {layers} layers"
+    )
+    for factor in factors:
+        require_float("--layer-factors", factor, 0, 1000)
+    return factors
 
 
 # ------------------------------------------------------------------ while it runs
@@ -220,9 +241,12 @@ def _progress() -> Iterator[Callable[[float, int], None]]:
 # ------------------------------------------------------------------ showing
 
 
-def rule_of(router: RouterConfig) -> str:
+def rule_of(setting: Setting) -> str:
     """A rule's name with all that is not as by default, but for its strength."""
-    return "absolute" if router.memory_aware else NONE
+    if not setting.config.router.memory_aware:
+        return NONE
+    factors = "" if set(setting.layer_factors) == {1.0} else f" × {', '.join(f'{f:g}' for f in setting.layer_factors)}"
+    return "absolute" + factors
 
 
 def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
@@ -232,21 +256,22 @@ def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "results": [
             {
-                "budget": one.config.slots / (one.config.num_layers * one.config.num_experts),
-                "slots": one.config.slots,
-                "eviction": one.config.pager.eviction,
-                "rule": rule_of(one.config.router),
-                "strength": one.config.router.cache_bonus if one.config.router.memory_aware else 0.0,
-                **{name: value for name, value in vars(one).items() if name != "config"},
+                "budget": config.slots / (config.num_layers * config.num_experts),
+                "slots": config.slots,
+                "eviction": config.pager.eviction,
+                "rule": rule_of(one.setting),
+                "strength": config.router.cache_bonus if config.router.memory_aware else 0.0,
+                **{name: value for name, value in vars(one).items() if name != "setting"},
             }
             for one in outcomes
+            for config in (one.setting.config,)
         ],
     }
 
 
 def rendered(outcomes: list[Outcome], tokens: int, pools: int, streams: int) -> Table:
     """The same for people."""
-    config = outcomes[0].config
+    config = outcomes[0].setting.config
     total = config.num_layers * config.num_experts
     table = Table(
         box=None, pad_edge=False, header_style="bold", title_justify="left",
@@ -260,16 +285,17 @@ def rendered(outcomes: list[Outcome], tokens: int, pools: int, streams: int) -> 
         table.add_column(label, justify="right", no_wrap=True)
     previous = None
     for one in outcomes:
-        group = one.config.slots, one.config.pager.eviction
+        config = one.setting.config
+        group = config.slots, config.pager.eviction
         if previous not in (None, group):
             table.add_section()
         first, previous = group != previous, group
-        biased = one.config.router.memory_aware
+        biased = config.router.memory_aware
         table.add_row(
-            f"{one.config.slots} ({human_share(one.config.slots / total)})" if first else "",
-            one.config.pager.eviction if first else "",
-            rule_of(one.config.router),
-            f"{one.config.router.cache_bonus:g}" if biased else "",
+            f"{config.slots} ({human_share(config.slots / total)})" if first else "",
+            config.pager.eviction if first else "",
+            rule_of(one.setting),
+            f"{config.router.cache_bonus:g}" if biased else "",
             f"{one.hit_rate:.3f}",
             human_share(one.misses_left) if biased else "",
             human_share(one.changed) if biased else "",
@@ -302,12 +328,13 @@ def _drawn(outcomes: list[Outcome], tokens: int, path: Path) -> bool:
     from shmroute.evaluation.plots import draw  # noqa: PLC0415
 
     lines: dict[str, list[Outcome]] = {}
-    several = len({one.config.pager.eviction for one in outcomes}) > 1
+    several = len({one.setting.config.pager.eviction for one in outcomes}) > 1
     for one in outcomes:
-        if one.config.router.memory_aware:
-            share = human_share(one.config.slots / (one.config.num_layers * one.config.num_experts))
-            policy = f", {one.config.pager.eviction}" * several
-            lines.setdefault(f"{rule_of(one.config.router)}, {share} in slots{policy}", []).append(one)
+        config = one.setting.config
+        if config.router.memory_aware:
+            share = human_share(config.slots / (config.num_layers * config.num_experts))
+            policy = f", {config.pager.eviction}" * several
+            lines.setdefault(f"{rule_of(one.setting)}, {share} in slots{policy}", []).append(one)
     try:
         draw(lines, f"{tokens:,} tokens, change against the unbiased choice", path)
     except OSError as error:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.config import RouterConfig, RuntimeConfig
+from shmroute.config import RouterConfig
 from shmroute.evaluation.crew import run_all
-from shmroute.evaluation.loop import Run
+from shmroute.evaluation.loop import Run, Setting
 from shmroute.evaluation.worker import Task
 from shmroute.shared.metrics import LaneCounter
 
@@ -30,7 +30,7 @@ class Outcome:
 
     Attributes
     ----------
-    config : RuntimeConfig
+    setting : Setting
     hit_rate : float
         Share of (token, chosen expert) pairs that were resident when routed.
     misses_left : float or None
@@ -45,7 +45,7 @@ class Outcome:
         The 95 % interval of that, by bootstrap over pools.
     """
 
-    config: RuntimeConfig
+    setting: Setting
     hit_rate: float
     misses_left: float | None
     changed: float
@@ -72,23 +72,24 @@ def interval(differences: npt.NDArray[np.float64], seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
-def unbiased(config: RuntimeConfig) -> RuntimeConfig:
-    """The same settings without a bonus."""
+def unbiased(setting: Setting) -> Setting:
+    """The same without a bonus."""
+    config = setting.config
     router = RouterConfig(
         cache_bonus=0.0, memory_aware=False, renormalize=config.router.renormalize, metrics=config.router.metrics
     )
-    return dataclasses.replace(config, router=router)
+    return Setting(dataclasses.replace(config, router=router), (1.0,) * config.num_layers)
 
 
 def compare(
-    task: Task, configs: Sequence[RuntimeConfig], jobs: int, watch: Callable[[float, int], Any]
+    task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[[float, int], Any]
 ) -> list[Outcome]:
     """Run settings, and what each is compared with.
 
     Parameters
     ----------
     task : Task
-    configs : sequence of RuntimeConfig
+    settings : sequence of Setting
         Those with `memory_aware` off are outcomes of their own.
     jobs : int
         Worker processes.
@@ -100,13 +101,13 @@ def compare(
     EvaluationError
         If a run fails.
     """
-    needed = {one.to_json(): one for one in (*map(unbiased, configs), *configs)}  # settings as such have no hash
+    needed = {one.to_json(): one for one in (*map(unbiased, settings), *settings)}  # by their JSON, since they have no hash
     found = run_all(task, list(needed.values()), jobs, lambda done: watch(done, len(needed)))
     runs = dict(zip(needed, found, strict=True))
-    return [outcome(one, runs[one.to_json()], runs[unbiased(one).to_json()]) for one in configs]
+    return [outcome(one, runs[one.to_json()], runs[unbiased(one).to_json()]) for one in settings]
 
 
-def outcome(config: RuntimeConfig, run: Run, plain: Run) -> Outcome:
+def outcome(setting: Setting, run: Run, plain: Run) -> Outcome:
     """What a run says of its settings, beside the run without a bonus."""
     # A pool's streams share what is resident, so a pool is what is drawn again, not a window.
     differences = (run.losses - plain.losses).mean(axis=1)
@@ -114,11 +115,11 @@ def outcome(config: RuntimeConfig, run: Run, plain: Run) -> Outcome:
     misses, plain_misses = run.total(LaneCounter.MISSES), plain.total(LaneCounter.MISSES)
     choices = misses + run.total(LaneCounter.HITS)
     return Outcome(
-        config=config,
+        setting=setting,
         hit_rate=run.hit_rate,
         misses_left=misses / plain_misses if plain_misses else None,
         changed=run.total(LaneCounter.CHANGED) / choices,
-        loads_per_token=run.total(LaneCounter.LOADS) * config.num_layers / run.total(LaneCounter.TOKENS),
+        loads_per_token=run.total(LaneCounter.LOADS) * setting.config.num_layers / run.total(LaneCounter.TOKENS),
         perplexity=math.exp(run.losses.mean()),
         perplexity_change=math.expm1(differences.mean()),
         low=math.expm1(low),

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from shmroute.config import RuntimeConfig
 from shmroute.errors import EvaluationError
-from shmroute.evaluation.loop import Run
+from shmroute.evaluation.loop import Run, Setting
 from shmroute.evaluation.worker import Task
 
 POLL = 0.1
@@ -50,9 +49,9 @@ class _Worker:
         except BrokenPipeError:
             return  # it has ended; what it said last is read next
 
-    def run(self, config: RuntimeConfig, watch: Callable[[float], None]) -> Run:
+    def run(self, setting: Setting, watch: Callable[[float], None]) -> Run:
         """Run one setting; `watch` is called with the share that is done."""
-        self._send(config.to_json())
+        self._send(setting.to_json())
         assert self._process.stdout is not None
         for line in self._process.stdout:
             message = json.loads(line)
@@ -86,7 +85,7 @@ class _Crew:
         self._mutex = threading.Lock()
         self._ended = False
 
-    def run(self, config: RuntimeConfig, watch: Callable[[float], None]) -> Run:
+    def run(self, setting: Setting, watch: Callable[[float], None]) -> Run:
         """Run one setting in a worker that is free, or a new one; from any thread."""
         with self._mutex:
             if self._ended:
@@ -95,7 +94,7 @@ class _Crew:
                 self._workers.append(_Worker(self._task))
                 self._idle.append(self._workers[-1])
             worker = self._idle.pop()
-        result = worker.run(config, watch)
+        result = worker.run(setting, watch)
         with self._mutex:
             self._idle.append(worker)
         return result
@@ -108,13 +107,13 @@ class _Crew:
                 worker.end()
 
 
-def run_all(task: Task, configs: Sequence[RuntimeConfig], jobs: int, watch: Callable[[float], Any]) -> list[Run]:
+def run_all(task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[[float], Any]) -> list[Run]:
     """Run all settings, `jobs` at a time.
 
     Parameters
     ----------
     task : Task
-    configs : sequence of RuntimeConfig
+    settings : sequence of Setting
     jobs : int
     watch : callable
         Called several times a second with how many settings are done, and of those under way the shares.
@@ -125,18 +124,18 @@ def run_all(task: Task, configs: Sequence[RuntimeConfig], jobs: int, watch: Call
         If a worker fails; the others are ended.
     """
     crew = _Crew(task)
-    done = [0.0] * len(configs)
+    done = [0.0] * len(settings)
 
     def one(index: int) -> Run:
         def note(share: float) -> None:
             done[index] = share
 
-        result = crew.run(configs[index], note)
+        result = crew.run(settings[index], note)
         done[index] = 1.0
         return result
 
     with ThreadPoolExecutor(jobs) as threads:
-        futures: list[Future[Run]] = [threads.submit(one, index) for index in range(len(configs))]
+        futures: list[Future[Run]] = [threads.submit(one, index) for index in range(len(settings))]
         try:
             pending = set(futures)
             while pending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,32 @@ from shmroute.config import RuntimeConfig
 from shmroute.evaluation.decoder import Decoder, KeyValueCache
 from shmroute.evaluation.pools import Pools
 from shmroute.shared.metrics import LaneCounter
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is made with.
+
+    Attributes
+    ----------
+    config : RuntimeConfig
+        Budget, rule and policy; its `max_workers` is the number of streams that share a pool.
+    layer_factors : tuple of float
+        For each layer, by what its rule's strength is multiplied.
+    """
+
+    config: RuntimeConfig
+    layer_factors: tuple[float, ...]
+
+    def to_json(self) -> str:
+        """As JSON, from which `from_json` makes an equal object."""
+        return json.dumps({"config": self.config.to_json(), "layer_factors": self.layer_factors})
+
+    @classmethod
+    def from_json(cls, text: str) -> Setting:
+        """Read what `to_json` wrote."""
+        data = json.loads(text)
+        return cls(RuntimeConfig.from_json(data["config"]), tuple(data["layer_factors"]))
 
 
 @dataclass(frozen=True)
@@ -51,7 +78,7 @@ def steps(streams: int, positions: int, layers: int) -> list[tuple[int, int, int
     return [(position, stream, layer) for _, stream, position, layer in sorted(found)]
 
 
-def run(decoder: Decoder, windows: npt.NDArray[np.int64], config: RuntimeConfig, watch: Callable[[float], None]) -> Run:
+def run(decoder: Decoder, windows: npt.NDArray[np.int64], setting: Setting, watch: Callable[[float], None]) -> Run:
     """Decode all windows, each pool's streams in turns, with the experts that routing chooses.
 
     Parameters
@@ -59,15 +86,14 @@ def run(decoder: Decoder, windows: npt.NDArray[np.int64], config: RuntimeConfig,
     decoder : Decoder
     windows : ndarray
         int64 [pools, streams, tokens]: each token is predicted from those before it in its window.
-    config : RuntimeConfig
-        Budget, rule and policy; its `max_workers` is the number of streams.
+    setting : Setting
     watch : callable
         Called with the share that is done.
     """
     pools, streams, tokens = windows.shape
-    layers, positions = config.num_layers, tokens - 1
+    layers, positions = setting.config.num_layers, tokens - 1
     caches = [KeyValueCache(decoder.config, pools, positions) for _ in range(streams)]
-    cached = Pools(config, pools)
+    cached = Pools(setting.config, setting.layer_factors, pools)
     hidden = [decoder.embedding[:0] for _ in range(streams)]
     losses = np.zeros((pools, streams))
     schedule = steps(streams, positions, layers)

@@ -9,6 +9,7 @@ late, and the pager has no leisure to prefetch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -133,19 +134,21 @@ class Pools:
     ----------
     config : RuntimeConfig
         Its `max_workers` is the number of streams that share a pool.
+    layer_factors : sequence of float
+        For each layer, by what its rule's strength is multiplied.
     count : int
         How many pools.
     """
 
-    def __init__(self, config: RuntimeConfig, count: int) -> None:
+    def __init__(self, config: RuntimeConfig, layer_factors: Sequence[float], count: int) -> None:
         load_kernels()
         self._config = config
         powers = power_table(config.affinity.decay)
         self._tables = [PrivateTables(config) for _ in range(count)]
         for tables in self._tables:
             layout = tables.layout
-            for layer in range(config.num_layers):
-                write_word(tables.address + layout.bonus + layer * LINE, pack_bonus(config.router.cache_bonus))
+            for layer, factor in enumerate(layer_factors):
+                write_word(tables.address + layout.bonus + layer * LINE, pack_bonus(config.router.cache_bonus * factor))
             for cursor in (RING_HEAD, RING_TAIL):
                 write_word(tables.address + layout.ring + cursor, 1 << layout.ring_bits)
         self._evictions = [Eviction(tables, powers) for tables in self._tables]

@@ -1,7 +1,7 @@
 """``python -m shmroute.evaluation.worker``: runs settings, one after the other.
 
 The first line on standard input is a JSON object: what to evaluate on (the fields of `Task`). Each further line is a
-runtime's settings; answered by lines ``{"done": share}`` and at last ``{"losses": …, "counts": …}`` as `Run` has them,
+`Setting`; answered by lines ``{"done": share}`` and at last ``{"losses": …, "counts": …}`` as `Run` has them,
 or ``{"error": message}``.
 """
 
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shmroute.config import RuntimeConfig
 from shmroute.errors import ShmrouteError
 from shmroute.evaluation.decoder import Decoder
-from shmroute.evaluation.loop import run
+from shmroute.evaluation.loop import Setting, run
 from shmroute.evaluation.text import deal, read_texts
 
 REPORT_EVERY = 0.2
@@ -68,7 +67,7 @@ def main() -> None:
         texts = read_texts(Path(task.text), Path(task.checkpoint), decoder.config.vocab_size)
         windows = deal(texts, Path(task.text), task.window, task.streams, task.pools)
         for line in sys.stdin:
-            done = run(decoder, windows, RuntimeConfig.from_json(line), _Reports())
+            done = run(decoder, windows, Setting.from_json(line), _Reports())
             _say({"losses": done.losses.tolist(), "counts": done.counts.tolist()})
     except ShmrouteError as error:
         _say({"error": f"{type(error).__name__}: {error}"})

@@ -126,8 +126,9 @@ def test_a_plot_without_matplotlib_says_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
+    """Processes that any thread of a process started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
 
 
 def test_ctrl_c_ends_it_and_its_workers() -> None:
