@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.output import complain, console, human_share, note
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import ConfigError
@@ -27,6 +28,7 @@ from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
     from shmroute.evaluation.comparison import Outcome
+    from shmroute.evaluation.loop import Setting
 
 DEFAULT_RULES = ("absolute=0.15,0.5,1",)
 
@@ -120,8 +122,9 @@ def eval_(
     )
     settings = chosen_settings(checkpoint, budgets, policies, routers, layer_factors or [], streams)
     windows = deal(read_texts(text, checkpoint, model.vocab_size), text, window, streams, pools)
-    for warning in dict.fromkeys(warning for one in settings for warning in budget_warnings(one.config)):
-        complain(f"WARNING: {warning}")
+    for config in {one.config.slots: one.config for one in settings}.values():
+        if (warning := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k)) is not None:
+            complain(f"WARNING: {warning}")
     # As Ctrl-C does: leave the `finally` blocks, which end the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load_kernels(report_compilation)  # here, so that the workers find them
@@ -191,11 +194,11 @@ def chosen_settings(
             config.slots >= config.top_k,
             f"--budgets: {config.slots} slots cannot hold the {config.top_k} experts that a token chooses",
         )
+    from shmroute.evaluation.loop import Setting  # noqa: PLC0415 - compiles kernels
+
     even = (1.0,) * configs[0].num_layers
     given = [_factors(text, len(even)) for text in factors] or [even]
-    return [
-        Setting(config, each) for config in configs for each in (given if config.router.memory_aware else [even])
-    ]
+    return [Setting(config, each) for config in configs for each in (given if config.router.memory_aware else [even])]
 
 
 def _factors(text: str, layers: int) -> tuple[float, ...]:

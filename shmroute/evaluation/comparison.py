@@ -81,9 +81,7 @@ def unbiased(setting: Setting) -> Setting:
     return Setting(dataclasses.replace(config, router=router), (1.0,) * config.num_layers)
 
 
-def compare(
-    task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[[float, int], Any]
-) -> list[Outcome]:
+def compare(task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[[float, int], Any]) -> list[Outcome]:
     """Run settings, and what each is compared with.
 
     Parameters
@@ -101,7 +99,9 @@ def compare(
     EvaluationError
         If a run fails.
     """
-    needed = {one.to_json(): one for one in (*map(unbiased, settings), *settings)}  # by their JSON, since they have no hash
+    needed = {
+        one.to_json(): one for one in (*map(unbiased, settings), *settings)
+    }  # by their JSON, since they have no hash
     found = run_all(task, list(needed.values()), jobs, lambda done: watch(done, len(needed)))
     runs = dict(zip(needed, found, strict=True))
     return [outcome(one, runs[one.to_json()], runs[unbiased(one).to_json()]) for one in settings]

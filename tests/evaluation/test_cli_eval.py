@@ -52,6 +52,17 @@ def test_json_for_programs() -> None:
     assert found["results"][0]["perplexity"] == found["results"][2]["perplexity"]
 
 
+def test_each_layer_may_have_a_strength_of_its_own() -> None:
+    result = evaluate(
+        *SHORT, "--rule", "absolute=0.5", "--layer-factors", "0,0,0,0,0,0", "--layer-factors", "0,1,1,1,1,1", "--json"
+    )
+    plain, zero, some = json.loads(result.stdout)["results"]
+    assert (zero["rule"], some["rule"]) == ("absolute × 0, 0, 0, 0, 0, 0", "absolute × 0, 1, 1, 1, 1, 1")
+    assert (zero["changed"], zero["perplexity"], zero["hit_rate"]) == (0, plain["perplexity"], plain["hit_rate"])
+    assert some["changed"] > 0
+    assert some["hit_rate"] > plain["hit_rate"]
+
+
 def test_results_do_not_depend_on_how_many_run_at_once() -> None:
     outputs = [evaluate(*SHORT, "--jobs", jobs, "--rule", "absolute=0.1,0.3", "--json").stdout for jobs in ("1", "3")]
     assert outputs[0] == outputs[1]
@@ -60,7 +71,7 @@ def test_results_do_not_depend_on_how_many_run_at_once() -> None:
 def test_budgets_below_one_tokens_cycle_are_warned_about() -> None:
     result = evaluate(*SHORT, "--budgets", "10%", "--rule", "absolute=0.5")
     assert result.exit_code == 0
-    assert "WARNING: 4 slots are fewer than one token's cycle of 6 layers × 2 experts" in result.stderr
+    assert "WARNING: 4 slots are fewer than one token's cycle of 6 layers × 2 experts = 12" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,9 @@ def test_budgets_below_one_tokens_cycle_are_warned_about() -> None:
         (("--rule", "absolute=strong"), "the strength 'strong' is no number"),
         (("--rule", "absolute=-1"), "cache_bonus must be a number in [0, 1e+06], not -1.0"),
         (("--rule", "absolute=nan"), "cache_bonus must be a number"),
+        (("--layer-factors", "0,1"), "'0,1' has 2 numbers; the model has 6 layers"),
+        (("--layer-factors", "a"), "'a': numbers with commas between are expected"),
+        (("--layer-factors", "1,1,1,1,1,-1"), "--layer-factors must be a number in [0, 1000], not -1.0"),
         (("--policies", "best"), "there is no policy 'best'; give lru"),
         (("--streams", "0"), "--streams must be an integer from 1 to 32"),
         (("--window", "1"), "--window must be"),

@@ -9,20 +9,21 @@ import pytest
 from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.evaluation.comparison import interval, outcome
 from shmroute.evaluation.decoder import Decoder
-from shmroute.evaluation.loop import Run, run
+from shmroute.evaluation.loop import Run, Setting, run
 from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter
 
 CHECKPOINT = __file__.rsplit("/tests/", 1)[0] + "/examples/tiny-mixtral"
 
 
-def config_of(budget: str, bonus: float = 0.0, policy: str = "expected-next-use", streams: int = 4) -> RuntimeConfig:
-    return RuntimeConfig.from_checkpoint(
+def config_of(budget: str, bonus: float = 0.0, policy: str = "expected-next-use", streams: int = 4) -> Setting:
+    config = RuntimeConfig.from_checkpoint(
         CHECKPOINT, budget, router=RouterConfig(cache_bonus=bonus, metrics=False), pager=PagerConfig(eviction=policy),
         max_workers=streams,
     )  # fmt: skip
+    return Setting(config, (1.0,) * 6)
 
 
-def played(decoder: Decoder, windows: npt.NDArray[np.int64], config: RuntimeConfig) -> Run:
+def played(decoder: Decoder, windows: npt.NDArray[np.int64], config: Setting) -> Run:
     return run(decoder, windows, config, lambda share: None)
 
 

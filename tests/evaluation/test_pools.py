@@ -18,6 +18,7 @@ from shmroute.shared.metrics import LaneCounter
 from shmroute.traces import Trace
 
 LAYERS, EXPERTS, STREAMS, TOKENS = 3, 8, 2, 40
+FACTORS = (1.0,) * LAYERS
 
 
 def config_of(slots: int, policy: str = "lru", bonus: float = 0.0) -> RuntimeConfig:
@@ -38,7 +39,7 @@ def made_logits(pools: int, seed: int = 1) -> npt.NDArray[np.float32]:
 
 def play(config: RuntimeConfig, logits: npt.NDArray[np.float32]) -> tuple[Pools, npt.NDArray[np.int32]]:
     """The pools at the end, and the choices, int32 [pools, STREAMS, TOKENS, LAYERS, 2]."""
-    pools = Pools(config, len(logits))
+    pools = Pools(config, FACTORS, len(logits))
     chosen = np.zeros((*logits.shape[:-1], 2), np.int32)
     for token, stream, layer in steps(STREAMS, TOKENS, LAYERS):
         chosen[:, stream, token, layer], _ = pools.step(stream, layer, logits[:, stream, token, layer])
@@ -89,7 +90,7 @@ def test_two_slots_are_enough_for_two_experts_a_token_and_all_slots_load_each_ex
 
 
 def test_logits_that_cannot_be_routed_are_an_error() -> None:
-    pools = Pools(config_of(12), 2)
+    pools = Pools(config_of(12), FACTORS, 2)
     logits = np.zeros((2, EXPERTS), np.float32)
     logits[1, :7] = np.nan
     with pytest.raises(NonFiniteLogitsError, match="row 1 of the logits has 1 finite"):
