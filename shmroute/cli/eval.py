@@ -45,7 +45,7 @@ def eval_(
         Path,
         typer.Argument(
             help="Held-out text: an .npz with token ids, an integer array for each text; or plain UTF-8 text, which "
-            "needs shmroute[text].",
+            "needs the extra 'text'.",
             show_default=False,
         ),
     ],
@@ -87,7 +87,7 @@ def eval_(
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also draw hit rate and perplexity (needs shmroute[plots]).", show_default=False
+            metavar="FILE", help="Also draw hit rate and perplexity (needs the extra 'plots').", show_default=False
         ),
     ] = None,
 ) -> None:
@@ -97,6 +97,9 @@ def eval_(
     by the runtime's own routing kernel and kept by the pager's own eviction; every miss is loaded at once. The text is
     cut into windows; STREAMS of them share a pool, at one pace, spread over the layers, and it begins empty. Changes of
     perplexity are on the same tokens; their 95 % intervals are by bootstrap over pools.
+
+    HITS: share of the choices that were resident. MISSES: as a share of those without a bonus. CHANGED: choices that
+    the logits alone would not have made. LOADS: for each token, in all layers.
 
     Example: shmroute eval examples/tiny-mixtral examples/tiny-mixtral/heldout_tokens.npz --budgets 50% --pools 16
     """
@@ -136,7 +139,10 @@ def eval_(
     if as_json:
         typer.echo(json.dumps(as_dict(outcomes, task, tokens)))
     else:
-        console().print(rendered(outcomes, tokens, windows.shape[0], streams))
+        out = console()
+        out.print(f"{tokens:,} tokens in {windows.shape[0]} pools of {streams} streams", soft_wrap=True)
+        for table in rendered(outcomes):
+            out.print("", table)
     if failed:
         raise typer.Exit(1)
 
@@ -248,7 +254,7 @@ def rule_of(setting: Setting) -> str:
     """A rule's name with all that is not as by default, but for its strength."""
     if not setting.config.router.memory_aware:
         return NONE
-    factors = "" if set(setting.layer_factors) == {1.0} else f" × {', '.join(f'{f:g}' for f in setting.layer_factors)}"
+    factors = "" if set(setting.layer_factors) == {1.0} else f" ×{','.join(f'{f:g}' for f in setting.layer_factors)}"
     return "absolute" + factors
 
 
@@ -272,41 +278,36 @@ def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
     }
 
 
-def rendered(outcomes: list[Outcome], tokens: int, pools: int, streams: int) -> Table:
-    """The same for people."""
-    config = outcomes[0].setting.config
-    total = config.num_layers * config.num_experts
-    table = Table(
-        box=None, pad_edge=False, header_style="bold", title_justify="left",
-        title=f"{tokens:,} tokens in {pools} pools of {streams} streams; {config.num_layers} layers × "
-        f"{config.num_experts} experts, top {config.top_k}",
-    )  # fmt: skip
-    table.add_column("SLOTS", justify="right", no_wrap=True)
-    table.add_column("POLICY", no_wrap=True)
-    table.add_column("RULE", no_wrap=True)
-    for label in ("STRENGTH", "HIT RATE", "MISSES LEFT", "CHANGED", "LOADS/TOKEN", "PERPLEXITY", "CHANGE", "95 %"):
-        table.add_column(label, justify="right", no_wrap=True)
-    previous = None
+def rendered(outcomes: list[Outcome]) -> list[Table]:
+    """The same for people: a table for each budget and policy, 80 columns wide if no rule has factors."""
+    tables: dict[tuple[int, str], Table] = {}
     for one in outcomes:
         config = one.setting.config
         group = config.slots, config.pager.eviction
-        if previous not in (None, group):
-            table.add_section()
-        first, previous = group != previous, group
+        if group not in tables:
+            share = human_share(config.slots / (config.num_layers * config.num_experts))
+            tables[group] = _empty_table(f"{config.slots} slots ({share}), {config.pager.eviction}")
         biased = config.router.memory_aware
-        table.add_row(
-            f"{config.slots} ({human_share(config.slots / total)})" if first else "",
-            config.pager.eviction if first else "",
+        change = f"{one.perplexity_change:+.2%} ({one.low:+.2%} … {one.high:+.2%})"
+        tables[group].add_row(
             rule_of(one.setting),
             f"{config.router.cache_bonus:g}" if biased else "",
             f"{one.hit_rate:.3f}",
             human_share(one.misses_left) if biased else "",
             human_share(one.changed) if biased else "",
             f"{one.loads_per_token:.2f}",
-            f"{one.perplexity:.2f}",
-            f"{one.perplexity_change:+.2%}" if biased else "",
-            f"{one.low:+.2%} … {one.high:+.2%}" if biased else "",
+            change if biased else f"{one.perplexity:.3f}",
         )
+    return list(tables.values())
+
+
+def _empty_table(title: str) -> Table:
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", title=title, title_justify="left"
+    )  # fmt: skip
+    table.add_column("RULE", overflow="fold")
+    for label in ("STRENGTH", "HITS", "MISSES", "CHANGED", "LOADS", "PERPLEXITY"):
+        table.add_column(label, justify="right", no_wrap=True)
     return table
 
 
