@@ -17,6 +17,14 @@ from shmroute.shared.words import MAX_EXPERTS, MAX_LANES, MAX_LAYERS, MAX_SLOTS
 from shmroute.sources import ExpertGeometry, ExpertSource, SourceSpec, TensorLayout, open_source
 from shmroute.validation import require, require_float, require_int
 
+SCORINGS = ("softmax", "sigmoid")
+"""How a model makes probabilities of an expert's logit, in the order of the kernels' codes."""
+RULES = ("absolute", "cache-prior", "max-rank", "cumulative-threshold", "probability")
+"""How residency is let into the choice, likewise; `shmroute.routing.rules` says what each does."""
+GROUP_SCORES = ("max", "top2-sum")
+"""What a group of experts is chosen by, likewise."""
+_GUARDED_RULES = ("cache-prior", "max-rank", "cumulative-threshold")
+
 NO_SOURCE = "this runtime was made without a checkpoint: it routes, but there are no weights to load"
 
 
@@ -51,16 +59,35 @@ class RouterConfig:
     Attributes
     ----------
     cache_bonus : float
-        Added to a resident expert's gate logit when choosing, never when weighting. The initial value: it can
-        be changed for each layer while the runtime lives.
+        The strength of the rule. For ``absolute``: added to a resident expert's choosing score (its gate logit, or
+        its sigmoid plus the correction bias), never to its weight. The initial value: it can be changed for each layer
+        while the runtime lives. 0 is the model's own routing, whatever the rule.
     bonus_on : {"logits"}
-        What the bonus is added to.
+        What the bonus of the rule ``absolute`` is added to, in a model that chooses by logits.
     memory_aware : bool
         Without it the bonus is never applied; hits, misses and requests are as ever.
     renormalize : bool
-        Scale the chosen experts' softmax weights to sum to 1. A checkpoint's own rule replaces this.
+        Scale the chosen experts' weights to sum to 1. A checkpoint's own scoring replaces this, and what is below from
+        `scoring` on.
     metrics : bool
         Time every routing call. Hits, misses and requests are counted in any case.
+    rule : str
+        How residency is let into the choice: one of `RULES`.
+    top_j : int
+        So many of a token's best experts are chosen (``cache-prior``: raised as resident ones are) in any case; at
+        most top_k. Only for the rules from the paper: ``cache-prior``, ``max-rank``, ``cumulative-threshold``.
+    max_rank : int
+        For ``max-rank``: residents among so many of the best are preferred at strength 1; from top_k to num_experts.
+    scoring : {"softmax", "sigmoid"}
+        How a model makes probabilities of logits. With ``sigmoid`` an expert is chosen by its probability plus its
+        correction bias (see `MemoryAwareRouter.correction_bias`) and weighted by its probability.
+    n_group, topk_group : int
+        Experts are in `n_group` groups of equal size, one after the other, and a token's come from its best
+        `topk_group` of them.
+    group_score : {"max", "top2-sum"}
+        What a group's score is: the largest choosing score in it, or the sum of the two largest.
+    routed_scaling_factor : float
+        By which all weights are multiplied at the end.
     """
 
     cache_bonus: float = 0.15
@@ -68,12 +95,79 @@ class RouterConfig:
     memory_aware: bool = True
     renormalize: bool = True
     metrics: bool = True
+    rule: str = "absolute"
+    top_j: int = 0
+    max_rank: int = 0
+    scoring: str = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "max"
+    routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
         require_float("cache_bonus", self.cache_bonus, 0, 1e6)
+        for name, allowed in (("rule", RULES), ("scoring", SCORINGS), ("group_score", GROUP_SCORES)):
+            value = getattr(self, name)
+            require(
+                isinstance(value, str) and value in allowed,
+                f"{name} must be one of {', '.join(allowed)}, not {value!r}",
+            )
+        require_int("top_j", self.top_j, 0, MAX_EXPERTS)
+        require(
+            self.top_j == 0 or self.rule in _GUARDED_RULES,
+            f"top_j is {self.top_j}, but the rule {self.rule!r} keeps none of the best experts in any case; "
+            f"leave it at 0, or choose one of {', '.join(_GUARDED_RULES)}",
+        )
+        require_int("max_rank", self.max_rank, 0, MAX_EXPERTS)
+        require(
+            (self.max_rank > 0) == (self.rule == "max-rank"),
+            f"max_rank is {self.max_rank} and the rule {self.rule!r}: the rule 'max-rank' needs one, of at least "
+            f"top_k, and no other rule has any use for it",
+        )
+        require_int("n_group", self.n_group, 1, MAX_EXPERTS)
+        require_int("topk_group", self.topk_group, 1, MAX_EXPERTS)
+        require(
+            self.topk_group <= self.n_group,
+            f"topk_group must be an integer from 1 to n_group = {self.n_group}, not {self.topk_group}",
+        )
+        require_float("routed_scaling_factor", self.routed_scaling_factor, 0, 1e6, above=True)
         require(self.bonus_on == "logits", f"bonus_on must be 'logits', not {self.bonus_on!r}")
         for name in ("memory_aware", "renormalize", "metrics"):
             require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel's shortest way will do: softmax over all experts, and the absolute rule."""
+        return (
+            (self.rule, self.scoring) == ("absolute", "softmax")
+            and self.topk_group == self.n_group
+            and self.routed_scaling_factor == 1
+        )
+
+    def check_fits(self, num_experts: int, top_k: int) -> None:
+        """Raise `ConfigError` if a layer of these sizes cannot be routed so."""
+        require(
+            self.top_j <= top_k,
+            f"top_j is {self.top_j}, but only top_k = {top_k} experts are chosen for a token",
+        )
+        require(
+            self.rule != "max-rank" or top_k <= self.max_rank <= num_experts,
+            f"max_rank must be an integer from top_k = {top_k} to num_experts = {num_experts}, not {self.max_rank}",
+        )
+        require(
+            num_experts % self.n_group == 0,
+            f"n_group is {self.n_group}, which does not divide num_experts = {num_experts} into equal groups",
+        )
+        size = num_experts // self.n_group
+        require(
+            self.topk_group * size >= top_k,
+            f"top_k is {top_k}, but topk_group = {self.topk_group} groups of {size} experts hold only "
+            f"{self.topk_group * size}",
+        )
+        require(
+            self.topk_group == self.n_group or self.group_score != "top2-sum" or size >= 2,
+            f"group_score is 'top2-sum', but n_group = {self.n_group} leaves one expert in a group",
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +270,7 @@ class RuntimeConfig:
             isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and 1 <= self.top_k <= self.num_experts,
             f"top_k must be an integer from 1 to num_experts = {self.num_experts}, not {self.top_k!r}",
         )
+        self.router.check_fits(self.num_experts, self.top_k)
         require_int("expert_bytes", self.expert_bytes, 1, 1 << 40)
         require_int("slots", self.slots, 1, min(MAX_SLOTS, self.num_layers * self.num_experts))
         require_int("max_workers", self.max_workers, 1, MAX_LANES)
@@ -238,7 +333,7 @@ class RuntimeConfig:
         budget : str or int
             What the slots may hold: a share of all experts (``"50%"``), a size (``"2GiB"``) or bytes.
         router : RouterConfig, optional
-            Its `renormalize` is replaced by the checkpoint's own rule.
+            Its `renormalize`, and what it has from `scoring` on, are replaced by the checkpoint's own.
         affinity, pager, max_workers
             As in `RuntimeConfig`.
 
@@ -256,7 +351,7 @@ class RuntimeConfig:
             top_k=geometry.top_k,
             expert_bytes=geometry.expert_bytes,
             slots=slots_of_budget(budget, geometry.num_layers * geometry.num_experts, geometry.expert_bytes),
-            router=dataclasses.replace(router or RouterConfig(), renormalize=geometry.renormalize),
+            router=dataclasses.replace(router or RouterConfig(), **dataclasses.asdict(geometry.scoring)),
             affinity=affinity or AffinityConfig(),
             pager=pager or PagerConfig(),
             max_workers=max_workers,

@@ -137,7 +137,7 @@ def _with_source(config: RuntimeConfig, checkpoint: str | Path | ExpertSource) -
             )
     return dataclasses.replace(
         config,
-        router=dataclasses.replace(config.router, renormalize=geometry.renormalize),
+        router=dataclasses.replace(config.router, **dataclasses.asdict(geometry.scoring)),
         layer_numbers=geometry.layer_numbers,
         hidden_size=geometry.hidden_size,
         tensors=geometry.tensors,

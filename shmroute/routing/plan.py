@@ -13,10 +13,12 @@ from typing import Any, Final
 import numpy as np
 from numba import types
 
+from shmroute.config import GROUP_SCORES, RULES, SCORINGS
 from shmroute.routing.selection import scratch_length
 from shmroute.shared.atomic import WORD, cas, forget_views, load
 from shmroute.shared.kernel import kernel
 from shmroute.shared.layout import (
+    BONUS_SPREAD,
     HEADER_BELL,
     LANE_CURSOR,
     LANE_SHARD,
@@ -49,7 +51,7 @@ CURSOR: Final = 18
 COUNTERS: Final = 19
 HISTOGRAM: Final = 20
 POWERS: Final = 21
-PARAMETERS: Final = 22  # float64: boost, max_score
+PARAMETERS: Final = 22  # float64 [PARAMETER_COUNT]
 SNAPSHOT: Final = 23  # int64 [⌈E/64⌉]
 SCORES: Final = 24  # float64, of `scratch_length`
 CANDIDATES: Final = 25  # int32 likewise
@@ -74,7 +76,39 @@ FLOAT32: Final = 41
 INT32: Final = 42
 FALLBACK: Final = 43
 FINISH: Final = 44
-PLAN_WORDS: Final = 45
+# The model's scoring and the rule of the cache; see `shmroute.routing.rules` for the codes.
+OWN: Final = 45  # int32, of `scratch_length`: the experts that a token would have without the cache
+GENERAL: Final = 46  # 0: softmax scores, one group, no scaling, the absolute rule
+SCORING: Final = 47
+RULE: Final = 48
+TOP_J: Final = 49
+MAX_RANK: Final = 50
+N_GROUP: Final = 51
+TOPK_GROUP: Final = 52
+GROUP_SCORE: Final = 53
+CORRECTION_BIAS: Final = 54  # float32 [E]
+SPREAD: Final = 55
+CHOOSING: Final = 56  # float32 of `scratch_length`: choosing scores
+SHARES: Final = 57  # likewise: probabilities, not scaled to any sum
+OTHERS: Final = 58  # likewise: choosing scores of what a rule may admit
+GROUPS: Final = 59  # likewise, per group
+PREFERRED: Final = 60  # int64 [⌈E/64⌉]
+FOUND: Final = 61  # int32 of `scratch_length`
+# Written by a call.
+STRENGTH: Final = 62  # the bonus word by which it chose, 0 if the cache could change nothing
+SPREAD_USED: Final = 63  # the spread word by which it chose, 0 unless the rule is cache-prior
+LOST_MASS: Final = 64  # probability that changed choices lost, in units of 2^-32
+PLAN_WORDS: Final = 65
+
+# Float64 at PARAMETERS.
+BOOST: Final = 0
+MAX_SCORE: Final = 1
+SCALING: Final = 2
+SPREAD_SUM: Final = 3  # of the tokens of a call
+PARAMETER_COUNT: Final = 4
+
+MASS_ONE: Final = 1 << 32
+"""What stands for all of a token's probability in LOST_MASS."""
 
 IDLE: Final = 0
 IN_USE: Final = 1
@@ -113,6 +147,13 @@ class Plan:
         words[MEMORY_AWARE] = config.router.memory_aware
         words[RENORMALIZE] = config.router.renormalize
         words[TIMED] = config.router.metrics
+        words[SCORING] = SCORINGS.index(config.router.scoring)
+        words[RULE] = RULES.index(config.router.rule)
+        words[TOP_J], words[MAX_RANK] = config.router.top_j, config.router.max_rank
+        words[N_GROUP], words[TOPK_GROUP] = config.router.n_group, config.router.topk_group
+        words[GROUP_SCORE] = GROUP_SCORES.index(config.router.group_score)
+        words[GENERAL] = not config.router.is_plain
+        words[SPREAD] = base + layout.bonus + layer * LINE + BONUS_SPREAD
         words[CYCLE_SCALE] = cycle_scale() if config.router.metrics else 0
         words[LAYER], words[LANE] = layer, lane
         words[CLOCK] = base + layout.clock + layer * LINE
@@ -132,14 +173,23 @@ class Plan:
         words[HISTOGRAM] = words[COUNTERS] + LANE_COUNTERS * WORD
         words[POWERS] = powers
 
-        parameters = self._block(2, np.float64)
-        parameters[:] = config.affinity.activation_boost, config.affinity.max_score
+        parameters = self._block(PARAMETER_COUNT, np.float64)
+        parameters[BOOST], parameters[MAX_SCORE] = config.affinity.activation_boost, config.affinity.max_score
+        parameters[SCALING] = config.router.routed_scaling_factor
         words[PARAMETERS] = parameters.ctypes.data
         for word, count, dtype in (
             (SNAPSHOT, -(-experts // 64), np.int64),
             (SCORES, scratch_length(experts), np.float64),
             (CANDIDATES, scratch_length(experts), np.int32),
             (CHOSEN, scratch_length(experts), np.int32),
+            (OWN, scratch_length(experts), np.int32),
+            (FOUND, scratch_length(experts), np.int32),
+            (CORRECTION_BIAS, scratch_length(experts), np.float32),
+            (CHOOSING, scratch_length(experts), np.float32),
+            (SHARES, scratch_length(experts), np.float32),
+            (OTHERS, scratch_length(experts), np.float32),
+            (GROUPS, scratch_length(experts), np.float32),
+            (PREFERRED, -(-experts // 64), np.int64),
             (MAPS, 2 * experts, np.float64),
             (TIMES, experts + 1, np.int64),
             (TOUCHED, experts + 1, np.int64),
@@ -147,6 +197,15 @@ class Plan:
         ):
             words[word] = self._block(count, dtype).ctypes.data
         self.queued = self._scratch[-1]
+
+    def set_correction_bias(self, bias: np.ndarray[Any, Any]) -> None:
+        """Choose by another correction bias, float32 [E], from the next call on.
+
+        It goes into a new block, whose address is one word: a call under way goes on with the former one.
+        """
+        block = self._block(scratch_length(len(bias)), np.float32)
+        block[: len(bias)] = bias
+        self.words[CORRECTION_BIAS] = block.ctypes.data
 
     def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
         block = np.zeros(count, dtype)

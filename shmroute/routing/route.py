@@ -4,8 +4,9 @@ In two passes. The first only reads shared memory: it takes one residency snapsh
 and weighs the experts of every token, and refuses the whole batch if a token cannot be routed. The second records:
 clock, affinity (one CAS per expert touched), activations, metrics, and requests for what is missing.
 
-The bonus is for choosing only. A constant added to every resident expert cannot change a choice whose experts are all
-resident, so the second selection runs only for tokens that miss; it also tells which choices the bonus changed.
+The bonus is for choosing only. Whether it changed a choice is seen without choosing a second time: it did unless the
+chosen expert that is last by its logit has exactly the k - 1 other ones before it. Only then the token's own experts
+are found, to count how many were replaced.
 
 Lock-free throughout. Linearization points are those of the words it changes; the call as a whole is not atomic: a
 worker that dies in it leaves some of its batch recorded.
@@ -20,8 +21,20 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.routing import plan as p
-from shmroute.routing.scoring import softmax_weights
-from shmroute.routing.selection import ID, bit_at, count_after, count_resident, select_raised, select_top_k
+from shmroute.routing.codes import SIGMOID
+from shmroute.routing.rules import choose_by_rule, give_spread, take_spread
+from shmroute.routing.scoring import model_weights, softmax_weights
+from shmroute.routing.selection import (
+    ID,
+    bit_at,
+    count_after,
+    count_before_by_logit,
+    count_resident,
+    last_by_logit,
+    select_raised,
+    select_top_k,
+)
+from shmroute.routing.shares import lost_by_one, lost_mass
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,
@@ -86,44 +99,94 @@ def _forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
         put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
 
 
+@inlined
+def _count_replaced(words: npt.NDArray[np.int64], row_at: int) -> int:
+    """How many of a token's experts, chosen by raised logits, are not among its own.
+
+    Those that are not are the last of the chosen by logit alone. Before the very last one are the k - 1 others, and
+    whoever was not chosen in spite of its logit: if that is one expert, one was replaced.
+    """
+    num_experts, k, chosen_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.CHOSEN]
+    last = last_by_logit(row_at, chosen_at, k)
+    before = count_before_by_logit(row_at, num_experts, last)
+    if before == k - 1:
+        return 0
+    return _account_for_change(words, row_at, last, before)
+
+
+@inner
+def _account_for_change(words: npt.NDArray[np.int64], row_at: int, last: int, before: int) -> int:
+    """`_count_replaced` of a token that was changed, `before` experts being before its last one; adds what it lost."""
+    k, own_at = words[p.TOP_K], words[p.OWN]
+    if before == k:
+        words[p.LOST_MASS] += lost_by_one(words, row_at, last)
+        return 1
+    select_top_k(row_at, words[p.NUM_EXPERTS], words[p.SCORES], words[p.CANDIDATES], own_at, k)
+    words[p.LOST_MASS] += lost_mass(words, row_at)
+    return count_after(row_at, words[p.CHOSEN], k, id_at(own_at + (k - 1) * ID))
+
+
+@inlined
+def _weigh(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> None:
+    """Weights of all tokens' experts."""
+    num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
+    if words[p.GENERAL] == 1:
+        sigmoid = words[p.SCORING] == SIGMOID
+        scaling = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SCALING]
+        for token in range(tokens):
+            row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
+            model_weights(row_at, num_experts, ids_at, k, sigmoid, renormalize, scaling, weights_at + token * k * 4)
+        return
+    for token in range(tokens):
+        row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
+        softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at + token * k * 4)
+
+
 @inner
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
-    num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
+    num_experts, k, general = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.GENERAL] == 1
     snapshot_at, scores_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CHOSEN]
     times_at, touched_at = words[p.TIMES], words[p.TOUCHED]
     resident = _take_snapshot(words[p.RESIDENT], snapshot_at, num_experts)
-    bonus = 0.0
+    words[p.STRENGTH] = 0
     if words[p.MEMORY_AWARE] == 1 and 0 < resident < num_experts:  # else it would raise none, or all alike
-        bonus = unpack_bonus(load(words[p.BONUS]))
+        words[p.STRENGTH] = load(words[p.BONUS])
+    bonus = unpack_bonus(words[p.STRENGTH])
+    spread = take_spread(words)
+    words[p.CHANGED] = words[p.LOST_MASS] = words[p.NOT_FINITE_LOGITS] = 0
 
     hits = changed = nonfinite = touched = 0
     for token in range(tokens):
         row_at = logits_at + token * num_experts * 4
-        finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
+        if general:
+            finite = choose_by_rule(words, row_at, bonus, spread)
+        elif bonus == 0.0:
+            finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
+            nonfinite += num_experts - finite
+        else:
+            finite = select_raised(
+                row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k
+            )  # fmt: skip
+            nonfinite += num_experts - finite
         if finite < k:
             words[p.BAD_ROW] = token
             words[p.BAD_FINITE] = finite
             _forget_touched(words, touched)
             return NOT_FINITE
-        nonfinite += num_experts - finite
-        present = count_resident(snapshot_at, chosen_at, k)
-        if bonus != 0.0 and present < k:
-            last = id_at(chosen_at + (k - 1) * ID)
-            select_raised(row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k)
-            changed += count_after(row_at, chosen_at, k, last)
-            present = count_resident(snapshot_at, chosen_at, k)
-        hits += present
+        if bonus != 0.0 and not general:
+            changed += _count_replaced(words, row_at)
+        hits += count_resident(snapshot_at, chosen_at, k)
         for rank in range(k):
             expert = id_at(chosen_at + rank * ID)
             put_id(experts_at + (token * k + rank) * ID, expert)
             touched = _touch(times_at, touched_at, touched, expert)
     # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
-    for token in range(tokens):
-        row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
-        softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at + token * k * 4)
-    words[p.HITS], words[p.CHANGED], words[p.NOT_FINITE_LOGITS] = hits, changed, nonfinite
-    words[p.TOUCHED_COUNT] = touched
+    _weigh(words, logits_at, experts_at, weights_at, tokens)
+    words[p.HITS], words[p.TOUCHED_COUNT] = hits, touched
+    words[p.CHANGED] += changed
+    words[p.NOT_FINITE_LOGITS] += nonfinite
+    give_spread(words, tokens)
     return 0
 
 
@@ -136,8 +199,8 @@ def _compose_maps(words: npt.NDArray[np.int64], experts_at: int, tokens: int) ->
     activations add.
     """
     num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    parameters = f64_array(words[p.PARAMETERS], 2)
-    boost, max_score = parameters[0], parameters[1]
+    parameters = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)
+    boost, max_score = parameters[p.BOOST], parameters[p.MAX_SCORE]
     maps_at, touched_at = words[p.MAPS], words[p.TOUCHED]
     for i in range(words[p.TOUCHED_COUNT]):
         map_at = maps_at + word_at(touched_at + i * WORD) * 2 * WORD
@@ -216,6 +279,7 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     fetch_add(counters + LaneCounter.HITS * WORD, words[p.HITS])
     if words[p.CHANGED] > 0:
         fetch_add(counters + LaneCounter.CHANGED * WORD, words[p.CHANGED])
+        fetch_add(counters + LaneCounter.LOST_MASS * WORD, words[p.LOST_MASS])
     if words[p.NOT_FINITE_LOGITS] > 0:
         fetch_add(counters + LaneCounter.NONFINITE * WORD, words[p.NOT_FINITE_LOGITS])
     return code

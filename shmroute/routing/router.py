@@ -33,7 +33,8 @@ class RoutingDecision:
     Attributes
     ----------
     experts : ndarray
-        int32 [k] or [T, k], best first by choosing score (logit plus bonus); ties go to the lower id.
+        int32 [k] or [T, k], best first by choosing score (logit plus bonus, or what the rule makes of it; see
+        `shmroute.routing.rules`); ties go to the lower id.
     weights : ndarray
         float32 likewise, from the unmodified logits.
     hits : int
@@ -67,9 +68,14 @@ class MemoryAwareRouter:
         self._hot, self._second = (
             Plan(attachment.segment, layer, lane, attachment.powers.ctypes.data) for _ in range(2)
         )
+        self._bias = np.zeros(self._num_experts, np.float32)
         # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
         self._address = self._hot.address
         self._second_mutex = threading.Lock()
+        if config.router.scoring == "sigmoid" and config.source is not None:
+            bias = attachment.source().correction_bias(layer)
+            if bias is not None:
+                self._set_bias(bias)
         self._bonus = attachment.segment.layout.bonus + layer * LINE
         attachment.before_close(self._close)
         if (function := bind(self._hot, self._route_checked, self._finish_hot)) is not None:
@@ -78,7 +84,11 @@ class MemoryAwareRouter:
 
     @property
     def cache_bonus(self) -> float:
-        """What a resident expert's logit is raised by when choosing; shared by all workers, settable at any time."""
+        """The strength of the rule by which residency is let into the choice; 0 is the model's own routing.
+
+        Shared by all workers, settable at any time. For the rule ``absolute`` it is what a resident expert's logit is
+        raised by.
+        """
         with self._attachment.in_use() as segment:
             return round(unpack_bonus(segment.read(self._bonus)), 9)
 
@@ -87,6 +97,39 @@ class MemoryAwareRouter:
         require_float("cache_bonus", value, 0, 1e6)
         with self._attachment.in_use() as segment:
             segment.write(self._bonus, pack_bonus(value))
+
+    @property
+    def correction_bias(self) -> npt.NDArray[np.float32]:
+        """What is added to each expert's sigmoid when choosing, float32 [E]: a copy; zeros with softmax scoring.
+
+        It comes from the checkpoint, read by each process for itself. Only a runtime without one can be given it, and
+        then in every process, before it routes: workers that do not agree on it choose differently.
+
+        Raises
+        ------
+        ValueError
+            If it is set where there is no sigmoid scoring, or where the checkpoint has the say; or if it is not float32
+            [E], or not finite.
+        """
+        return self._bias.copy()
+
+    @correction_bias.setter
+    def correction_bias(self, bias: npt.NDArray[np.float32]) -> None:
+        config = self._attachment.segment.config
+        if config.router.scoring != "sigmoid":
+            raise ValueError(f"a correction_bias belongs to scoring='sigmoid', not {config.router.scoring!r}")
+        if config.source is not None:
+            raise ValueError("the correction_bias is the checkpoint's; it cannot be set")
+        self._set_bias(bias)
+
+    def _set_bias(self, bias: Any) -> None:
+        if not isinstance(bias, np.ndarray) or bias.shape != (self._num_experts,) or bias.dtype != np.float32:
+            raise ValueError(f"correction_bias must be float32 [{self._num_experts}], not {_describe(bias)}")
+        if not np.isfinite(bias).all():
+            raise ValueError("correction_bias must be finite")
+        self._bias = bias.copy()
+        self._hot.set_correction_bias(bias)
+        self._second.set_correction_bias(bias)
 
     def route(self, logits: npt.NDArray[np.float32]) -> RoutingDecision:
         """Route one token or a batch.

@@ -1,4 +1,4 @@
-"""Weights of the chosen experts: softmax of the unmodified logits."""
+"""Weights of the chosen experts, from the unmodified logits: their softmax, or their sigmoids; then scaled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shmroute.routing.vectors import (
     larger,
     largest,
     load_logits,
+    logistic,
     logit_at,
     logits_of,
     narrowed,
@@ -27,7 +28,7 @@ from shmroute.shared.kernel import inlined, inner
 
 
 @inner
-def _peak_of_row(logits_at: int, num_experts: int) -> float:
+def peak_of_row(logits_at: int, num_experts: int) -> float:
     """The largest finite logit."""
     maxima = narrowed(same(-math.inf))
     for first in range(0, num_experts, WIDTH):
@@ -57,7 +58,7 @@ def _weights_of_many(logits_at: int, num_experts: int, ids_at: int, k: int, reno
             sums = plus(sums, exp_under(logits_of(logits_at, num_experts, ids_at + first * ID, k - first), peak))
         divisor = total(sums)
     else:
-        peak = _peak_of_row(logits_at, num_experts)
+        peak = peak_of_row(logits_at, num_experts)
         divisor = _sum_of_row(logits_at, num_experts, peak)
     for first in range(0, k, WIDTH):
         shares = exp_under(logits_of(logits_at, num_experts, ids_at + first * ID, k - first), peak)
@@ -104,7 +105,48 @@ def softmax_weights(logits_at: int, num_experts: int, ids_at: int, k: int, renor
         return
     # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
     values = logits_of(logits_at, num_experts, ids_at, k)
-    peak = largest(values) if renormalize else _peak_of_row(logits_at, num_experts)
+    peak = largest(values) if renormalize else peak_of_row(logits_at, num_experts)
     shares = exp_under(values, peak)
     divisor = total(shares) if renormalize else _sum_of_row(logits_at, num_experts, peak)
     store_weights(divided(shares, divisor), weights_at, k)
+
+
+@inner
+def _sigmoid_weights(
+    logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, scaling: float, weights_at: int
+) -> None:
+    """Sigmoid weights of k experts of one token, as in DeepSeek-V3; the addend keeps the divisor from being 0."""
+    sums = same(0.0)
+    nothing = same(0.0)
+    for first in range(0, k, WIDTH):
+        sums = plus(
+            sums, larger(logistic(logits_of(logits_at, num_experts, ids_at + first * ID, k - first)), nothing)
+        )  # fmt: skip
+    divisor = (total(sums) + 1e-20) / scaling if renormalize else 1.0 / scaling
+    for first in range(0, k, WIDTH):
+        shares = larger(logistic(logits_of(logits_at, num_experts, ids_at + first * ID, k - first)), nothing)
+        store_weights(divided(shares, divisor), weights_at + first * 4, k - first)
+
+
+@inner
+def model_weights(
+    logits_at: int, num_experts: int, ids_at: int, k: int, sigmoid: bool, renormalize: bool, scaling: float,
+    weights_at: int,
+) -> None:  # fmt: skip
+    """Weights of k experts of one token by any scoring; as `softmax_weights`.
+
+    Parameters
+    ----------
+    sigmoid : bool
+        Sigmoids in the place of softmax.
+    scaling : float
+        By which all weights are multiplied at the end.
+    """
+    if sigmoid:
+        _sigmoid_weights(logits_at, num_experts, ids_at, k, renormalize, scaling, weights_at)
+        return
+    softmax_weights(logits_at, num_experts, ids_at, k, renormalize, weights_at)
+    if scaling != 1.0:
+        weights = f32_array(weights_at, k)
+        for rank in range(k):
+            weights[rank] = weights[rank] * scaling

@@ -15,6 +15,7 @@ import numpy as np
 
 from shmroute.routing.vectors import (
     WIDTH,
+    Logits,
     at_least,
     count_before,
     id_at,
@@ -57,6 +58,31 @@ def count_resident(snapshot_at: int, chosen_at: int, k: int) -> int:
     count = 0
     for rank in range(k):
         count += bit_at(snapshot_at, id_at(chosen_at + rank * ID))
+    return count
+
+
+@inlined
+def last_by_logit(logits_at: int, chosen_at: int, k: int) -> int:
+    """Which of k chosen experts comes last by logit alone."""
+    last = id_at(chosen_at)
+    least = logit_at(logits_at + last * 4)
+    for rank in range(1, k):
+        expert = id_at(chosen_at + rank * ID)
+        logit = logit_at(logits_at + expert * 4)
+        after = int(logit < least) | (int(logit == least) & int(expert > last))
+        last = expert if after else last
+        least = min(least, logit)
+    return last
+
+
+@inlined
+def count_before_by_logit(logits_at: int, num_experts: int, expert: int) -> int:
+    """How many experts come before one by logit alone."""
+    logit = logit_at(logits_at + expert * 4)
+    count = 0
+    for first in range(0, num_experts, WIDTH):
+        logits = load_logits(logits_at + first * 4, num_experts - first)
+        count += count_before(logits, logit, min(max(expert - first, 0), WIDTH))
     return count
 
 
@@ -168,46 +194,59 @@ def select_top_k(logits_at: int, num_experts: int, scores_at: int, ids_at: int, 
 
 
 @inlined
-def _least_raised(last: float, bonus: float) -> float:
-    """A logit that every resident expert has, or exceeds, whose score with the bonus is at least `last`."""
-    # The margin is above what three roundings of float64 can amount to; one candidate too many does no harm.
-    return max(LOWEST, last - bonus - (abs(last) + bonus) * 2.0**-50)
+def _raised_logits(logits_at: int, first: int, num_experts: int, bonus: float, snapshot_at: int) -> Logits:
+    """The logits from `first` on, a bonus added to those of resident experts: rounded to float32."""
+    resident = word_at(snapshot_at + (first >> 6) * WORD) >> (first & 63)
+    scores: Logits = raised(load_logits(logits_at + first * 4, num_experts - first), resident, bonus)
+    return scores
+
+
+@inlined
+def _raised_bound_of_k(logits_at: int, num_experts: int, bonus: float, snapshot_at: int, k: int) -> float:
+    """What `_raised_logits` gives for at least each of the k best."""
+    maxima = narrowed(same(-math.inf))
+    for first in range(0, num_experts, WIDTH):
+        maxima = larger(maxima, _raised_logits(logits_at, first, num_experts, bonus, snapshot_at))
+    bound = kth_largest(maxima, k)
+    # The bonus and the sum are each rounded, to half a unit of float32 (2^-24), and so is this bound: four times as
+    # much as they amount to for the expert that made the bound and for one just under it does no harm.
+    return max(LOWEST, bound - (abs(bound) + bonus) * 2.0**-21)
 
 
 @inlined
 def select_raised(
     logits_at: int, num_experts: int, bonus: float, snapshot_at: int, scores_at: int, ids_at: int, chosen_at: int,
     k: int,
-) -> None:  # fmt: skip
-    """The k best again, `bonus` added to resident experts: after `select_top_k`, whose choice this replaces.
-
-    An expert that is not resident has at least as many before it as without the bonus, so it is among the first choice
-    or not chosen at all. A resident one must reach what k experts reach: the last logit of the first choice.
+) -> int:  # fmt: skip
+    """`select_top_k` by logit plus bonus: `bonus` is added to resident experts, in float64.
 
     Parameters
     ----------
+    bonus : float
+        At least 0.
     snapshot_at : int
         Address of int64 [⌈E/64⌉], residency.
     others
-        As for `select_top_k`.
+        As for `select_top_k`, and so is what is returned.
     """
     if num_experts <= WIDTH:  # all are put in order
-        scores = raised(widened(load_logits(logits_at, num_experts)), word_at(snapshot_at), bonus)
+        logits = load_logits(logits_at, num_experts)
+        scores = raised(widened(logits), word_at(snapshot_at), bonus)
         store_scores(scores, scores_at)
         for expert in range(num_experts):
             put_id(chosen_at + count_before(scores, score_at(scores_at + expert * WORD), expert) * ID, expert)
-        return
-    last = logit_at(logits_at + id_at(chosen_at + (k - 1) * ID) * 4)
-    raised_bound = _least_raised(last, bonus)
-    count = 0
+        return count_bits(at_least(logits, LOWEST))
+    bound = LOWEST
+    if k <= WIDTH:
+        bound = _raised_bound_of_k(logits_at, num_experts, bonus, snapshot_at, k)
+    finite = count = 0
     for block in range(0, num_experts, 64):
-        reach = reach_raised = 0
+        bits = 0
         for first in range(block, min(block + 64, num_experts), WIDTH):
-            logits = load_logits(logits_at + first * 4, num_experts - first)
-            reach |= at_least(logits, last) << (first - block)
-            reach_raised |= at_least(logits, raised_bound) << (first - block)
+            finite += count_bits(at_least(load_logits(logits_at + first * 4, num_experts - first), LOWEST))
+            scores = _raised_logits(logits_at, first, num_experts, bonus, snapshot_at)
+            bits |= at_least(scores, bound) << (first - block)
         resident = word_at(snapshot_at + (block >> 6) * WORD)
-        bits = (reach_raised & resident) | (reach & ~resident)
         while bits != 0:
             offset = lowest_bit(bits)
             bits &= bits - 1
@@ -216,3 +255,4 @@ def select_raised(
             put_score(scores_at + count * WORD, score)
             count += 1
     _order(scores_at, ids_at, count, chosen_at, k, True)
+    return finite

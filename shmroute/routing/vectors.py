@@ -25,6 +25,8 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
 from shmroute.shared.atomic import f32_array, f64_array, i32_array, i64_array
+from shmroute.shared.bits import count_bits
+from shmroute.shared.kernel import inlined
 
 WIDTH: Final = 16
 
@@ -224,10 +226,10 @@ _put_id = _poke(types.int64, ir.IntType(32), lambda builder, value: builder.trun
 def _raised(typingctx: Any, values: Any, bits: Any, amount: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, bits, amount = args
-        higher = builder.fadd(values, _broadcast(builder, amount))
+        higher = builder.fadd(values, _broadcast(builder, _as_element_of(builder, amount, values)))
         return builder.select(_from_bits(builder, bits), higher, values)
 
-    return _SCORES(_SCORES, types.int64, types.float64), body
+    return values(values, types.int64, types.float64), body
 
 
 def _larger_of(builder: Any, one: Any, other: Any) -> Any:
@@ -240,6 +242,24 @@ def _larger(typingctx: Any, one: Any, other: Any) -> Any:
         return _larger_of(builder, *args)
 
     return one(one, one), body
+
+
+@intrinsic
+def _smaller(typingctx: Any, one: Any, other: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[0], args[1])
+
+    return one(one, one), body
+
+
+@intrinsic
+def _replaced(typingctx: Any, values: Any, bits: Any, amount: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values, bits, amount = args
+        others = _broadcast(builder, _as_element_of(builder, amount, values))
+        return builder.select(_from_bits(builder, bits), others, values)
+
+    return values(values, types.int64, types.float64), body
 
 
 @intrinsic
@@ -263,7 +283,7 @@ def _plus(typingctx: Any, one: Any, other: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], args[1])
 
-    return _SCORES(_SCORES, _SCORES), body
+    return one(one, one), body
 
 
 @intrinsic
@@ -304,29 +324,47 @@ _EXP_SCORES = _Exponential(np.float64, np.int64, 0.693147180369123816490, 1.9082
 _EXP_LOGITS = _Exponential(np.float32, np.int32, 0.693359375, -2.12194440e-4, -87.0, 6, 23)
 
 
+def _constant(vector: Any, value: float) -> Any:
+    return ir.Constant(vector.type, [float(np.float32(value)) if vector.type == _F32 else value] * WIDTH)
+
+
+def _exponential(builder: Any, x: Any) -> Any:
+    """The exponentials of a vector without elements above 0."""
+    e, integers = (_EXP_LOGITS, _I32) if x.type == _F32 else (_EXP_SCORES, _I64)
+    constant = partial(_constant, x)
+    x = builder.select(builder.fcmp_ordered(">", x, constant(e.smallest)), x, constant(e.smallest))
+    shifted = builder.fadd(builder.fmul(x, constant(_LOG2_E)), constant(e.rounding))
+    n = builder.fsub(shifted, constant(e.rounding))
+    r = builder.fsub(x, builder.fmul(n, constant(e.ln2_high)))
+    r = builder.fsub(r, builder.fmul(n, constant(e.ln2_low)))
+    result = constant(e.taylor[0])
+    for coefficient in e.taylor[1:]:
+        result = builder.fadd(builder.fmul(result, r), constant(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [e.mantissa] * WIDTH))
+    return builder.bitcast(builder.add(builder.bitcast(result, integers), exponent), x.type)
+
+
 @intrinsic
 def _exp_under(typingctx: Any, values: Any, peak: Any) -> Any:
-    e = _EXP_LOGITS if values is _LOGITS else _EXP_SCORES
-
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        floats, integers = args[0].type, _I32 if values is _LOGITS else _I64
-
-        def constant(value: float) -> Any:
-            return ir.Constant(floats, [float(e.float_type(value))] * WIDTH)
-
-        x = builder.fsub(args[0], _broadcast(builder, _as_element_of(builder, args[1], args[0])))
-        x = builder.select(builder.fcmp_ordered(">", x, constant(e.smallest)), x, constant(e.smallest))
-        shifted = builder.fadd(builder.fmul(x, constant(_LOG2_E)), constant(e.rounding))
-        n = builder.fsub(shifted, constant(e.rounding))
-        r = builder.fsub(x, builder.fmul(n, constant(e.ln2_high)))
-        r = builder.fsub(r, builder.fmul(n, constant(e.ln2_low)))
-        result = constant(e.taylor[0])
-        for coefficient in e.taylor[1:]:
-            result = builder.fadd(builder.fmul(result, r), constant(coefficient))
-        exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [e.mantissa] * WIDTH))
-        return builder.bitcast(builder.add(builder.bitcast(result, integers), exponent), floats)
+        values, peak = args
+        peaks = _broadcast(builder, _as_element_of(builder, peak, values))
+        return _exponential(builder, builder.fsub(values, peaks))
 
     return values(values, types.float64), body
+
+
+@intrinsic
+def _logistic(typingctx: Any, values: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (x,) = args
+        zero, one, infinite = (_constant(x, value) for value in (0.0, 1.0, -math.inf))
+        negative = builder.fcmp_ordered("<", x, zero)
+        less = _exponential(builder, builder.select(negative, x, builder.fsub(zero, x)))
+        share = builder.fdiv(builder.select(negative, less, one), builder.fadd(one, less))
+        return builder.select(builder.fcmp_ordered("==", x, infinite), infinite, share)
+
+    return values(values), body
 
 
 # ------------------------------------------------------------------ from sixteen to one
@@ -342,7 +380,7 @@ def _at_least(typingctx: Any, values: Any, bound: Any) -> Any:
 
 
 @intrinsic
-def _count_before(typingctx: Any, values: Any, value: Any, index: Any) -> Any:
+def _before(typingctx: Any, values: Any, value: Any, index: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, value, index = args
         bound = _broadcast(builder, _as_element_of(builder, value, values))
@@ -350,7 +388,7 @@ def _count_before(typingctx: Any, values: Any, value: Any, index: Any) -> Any:
         not_smaller = _to_bits(builder, builder.fcmp_ordered(">=", values, bound))
         one = ir.Constant(index.type, 1)
         earlier = builder.sub(builder.shl(one, index), one)
-        return builder.ctpop(builder.or_(larger, builder.and_(not_smaller, earlier)))
+        return builder.or_(larger, builder.and_(not_smaller, earlier))
 
     return types.int64(values, types.float64, types.int64), body
 
@@ -398,6 +436,17 @@ def _total(typingctx: Any, values: Any) -> Any:
 def _largest(typingctx: Any, values: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _folded(builder, args[0], partial(_larger_of, builder))
+
+    return types.float64(_SCORES), body
+
+
+@intrinsic
+def _least(typingctx: Any, values: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def combine(one: Any, other: Any) -> Any:
+            return builder.select(builder.fcmp_ordered("<", one, other), one, other)
+
+        return _folded(builder, args[0], combine)
 
     return types.float64(_SCORES), body
 
@@ -484,10 +533,10 @@ def put_score(address: int, value: float) -> None:
     f64_array(address, 1)[0] = value
 
 
-def raised(values: Scores, bits: int, amount: float) -> Scores:
-    """`amount` added to the elements whose bit is set."""
+def raised(values: Any, bits: int, amount: float) -> Any:
+    """`amount`, rounded as the elements are, added to those of the first sixteen bits that are set."""
     chosen = (int(bits) >> np.arange(WIDTH)) & 1 == 1
-    return np.where(chosen, values + amount, values)
+    return np.where(chosen, values + values.dtype.type(amount), values)
 
 
 def widened(values: Logits) -> Scores:
@@ -505,7 +554,18 @@ def larger(one: Any, other: Any) -> Any:
     return np.where(one > other, one, other)
 
 
-def plus(one: Scores, other: Scores) -> Scores:
+def smaller(one: Any, other: Any) -> Any:
+    """The smaller of each two elements."""
+    return np.where(one < other, one, other)
+
+
+def replaced(values: Any, bits: int, amount: float) -> Any:
+    """`amount` in place of the elements whose bit, of the first sixteen, is set."""
+    chosen = (int(bits) >> np.arange(WIDTH)) & 1 == 1
+    return np.where(chosen, values.dtype.type(amount), values)
+
+
+def plus(one: Any, other: Any) -> Any:
     """Sums of each two elements."""
     return one + other
 
@@ -515,11 +575,10 @@ def divided(values: Scores, divisor: float) -> Scores:
     return values / divisor
 
 
-def exp_under(values: Any, peak: float) -> Any:
-    """``exp(value - peak)`` of each element, for values that are at most `peak`; to 1e-9 of it, for logits to 3e-7."""
-    e = _EXP_LOGITS if values.dtype == np.float32 else _EXP_SCORES
+def _exponential_of(x: Any) -> Any:
+    e = _EXP_LOGITS if x.dtype == np.float32 else _EXP_SCORES
     real = e.float_type
-    x = np.maximum(values - real(peak), real(e.smallest))
+    x = np.maximum(x, real(e.smallest))
     shifted = x * real(_LOG2_E) + real(e.rounding)
     n = shifted - real(e.rounding)
     r = x - n * real(e.ln2_high) - n * real(e.ln2_low)
@@ -529,15 +588,33 @@ def exp_under(values: Any, peak: float) -> Any:
     return (result.view(e.int_type) + (shifted.view(e.int_type) << e.mantissa)).view(real)
 
 
+def exp_under(values: Any, peak: float) -> Any:
+    """``exp(value - peak)`` of each element, for values that are at most `peak`; to 1e-9 of it, for logits to 3e-7."""
+    return _exponential_of(values - values.dtype.type(peak))
+
+
+def logistic(values: Any) -> Any:
+    """``1 / (1 + exp(-value))`` of each element, to 1e-9 of it, for logits to 3e-7; but -inf stays as it is."""
+    one = values.dtype.type(1)
+    less = _exponential_of(np.where(values < 0, values, values.dtype.type(0) - values))
+    return np.where(values == -math.inf, values, np.where(values < 0, less, one) / (one + less))
+
+
 def at_least(values: Logits, bound: float) -> int:
     """Bits of the elements that are at least `bound`, which is a float32's value."""
     return int(np.packbits(values >= np.float32(bound), bitorder="little").view(np.uint16)[0])
 
 
+def before(values: Any, value: float, index: int) -> int:
+    """Bits of the elements that go before one: the larger ones, and equal ones of a lower index."""
+    first = (values > value) | ((values == value) & (np.arange(WIDTH) < index))
+    return int(np.packbits(first, bitorder="little").view(np.uint16)[0])
+
+
+@inlined
 def count_before(values: Any, value: float, index: int) -> int:
-    """How many elements go before one: the larger ones, and equal ones of a lower index."""
-    earlier = values[: int(index)] == value
-    return int((values > value).sum()) + int(earlier.sum())
+    """How many elements go before one."""
+    return count_bits(before(values, value, index))
 
 
 def kth_largest(values: Logits, k: int) -> float:
@@ -548,6 +625,11 @@ def kth_largest(values: Logits, k: int) -> float:
 def largest(values: Scores) -> float:
     """The largest element."""
     return float(values.max())
+
+
+def least(values: Scores) -> float:
+    """The least element."""
+    return float(values.min())
 
 
 def total(values: Scores) -> float:
@@ -588,11 +670,15 @@ _compile(raised, lambda values, bits, amount: lambda values, bits, amount: _rais
 _compile(widened, lambda values: lambda values: _widened(values))
 _compile(narrowed, lambda values: lambda values: _narrowed(values))
 _compile(larger, lambda one, other: lambda one, other: _larger(one, other))
+_compile(smaller, lambda one, other: lambda one, other: _smaller(one, other))
+_compile(replaced, lambda values, bits, amount: lambda values, bits, amount: _replaced(values, bits, amount))
+_compile(logistic, lambda values: lambda values: _logistic(values))
 _compile(plus, lambda one, other: lambda one, other: _plus(one, other))
 _compile(divided, lambda values, divisor: lambda values, divisor: _divided(values, divisor))
 _compile(exp_under, lambda values, peak: lambda values, peak: _exp_under(values, peak))
 _compile(at_least, lambda values, bound: lambda values, bound: _at_least(values, bound))
-_compile(count_before, lambda values, value, index: lambda values, value, index: _count_before(values, value, index))
+_compile(before, lambda values, value, index: lambda values, value, index: _before(values, value, index))
 _compile(kth_largest, lambda values, k: lambda values, k: _kth_largest(values, k))
 _compile(largest, lambda values: lambda values: _largest(values))
+_compile(least, lambda values: lambda values: _least(values))
 _compile(total, lambda values: lambda values: _total(values))

@@ -45,6 +45,9 @@ LANE_BELL: Final = 2 * LINE
 LANE_SHARD: Final = 3 * LINE
 LANE_BASELINE: Final = LANE_SHARD + metrics.LANE_SHARD_WORDS * WORD
 
+# A layer's bonus line: the strength of its rule is the first word.
+BONUS_SPREAD: Final = 4 * WORD
+
 # The ring: two cursors, then the entries.
 RING_HEAD: Final = 0
 RING_TAIL: Final = 1 * LINE

@@ -46,6 +46,7 @@ class LaneCounter(IntEnum):
     LOAD_ERRORS = 11  # ExpertLoadError raised
     LOADS = 12  # loads that its requests started; counted by the pager
     EVICTIONS = 13  # evictions that made room for those; counted by the pager
+    LOST_MASS = 14  # probability that changed choices lost, in units of 2^-32
 
 
 class PagerCounter(IntEnum):

@@ -113,6 +113,19 @@ DESTROYING: Final = 2
 # Bonus: what a resident expert's logit is raised by, value x 2^32.
 BONUS_ONE: Final = 1 << 32
 
+# Spread: a layer's running mean of the largest minus the least choosing score of a token.
+#
+#   63  62           44 43                  0
+#   +--+---------------+---------------------+
+#   |0 | tokens        | mean x 2^20         |
+#   +--+---------------+---------------------+
+#
+# `tokens` counts up to SPREAD_COUNT_MAX; from there on the mean forgets, each token counting for 1 / SPREAD_COUNT_MAX.
+SPREAD_ONE_BITS: Final = 20
+SPREAD_COUNT_SHIFT: Final = 44
+SPREAD_COUNT_MAX: Final = 1 << 16
+SPREAD_MAX: Final = 1 << 20
+
 # Wait word: the one expert that a worker waits for; 0 for none.   layer:10 . expert:12, plus 1
 # Failure: why an expert could not be loaded, and when it may be tried again.
 #
@@ -259,6 +272,25 @@ def pack_bonus(value: float) -> int:
 def unpack_bonus(word: int) -> float:
     """The bonus of a word; rounded to nine decimals it is what was packed, if that had no more."""
     return word / BONUS_ONE
+
+
+@inner
+def pack_spread(count: int, mean: float) -> int:
+    """A spread word of a mean from 0 to SPREAD_MAX."""
+    nearest = int(mean * (1 << SPREAD_ONE_BITS) + 0.5)
+    return (count << SPREAD_COUNT_SHIFT) | nearest
+
+
+@inner
+def spread_count(word: int) -> int:
+    """How many tokens a spread word's mean is of, up to SPREAD_COUNT_MAX."""
+    return word >> SPREAD_COUNT_SHIFT
+
+
+@inner
+def spread_mean(word: int) -> float:
+    """The mean of a spread word; 0 before the first token."""
+    return (word & ((1 << SPREAD_COUNT_SHIFT) - 1)) / (1 << SPREAD_ONE_BITS)
 
 
 @inner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shmroute.sources.base import DTYPES, ExpertGeometry, ExpertSource, SourceSpec, TensorLayout
+from shmroute.sources.base import DTYPES, ExpertGeometry, ExpertSource, ModelScoring, SourceSpec, TensorLayout
 from shmroute.sources.faulty import (
     Fault,
     FaultySource,
@@ -25,6 +25,7 @@ __all__ = [
     "FaultySource",
     "HuggingFaceSource",
     "LoggedRead",
+    "ModelScoring",
     "SourceSpec",
     "SyntheticSource",
     "TensorLayout",

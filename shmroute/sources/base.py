@@ -86,6 +86,27 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
+class ModelScoring:
+    """By which rule a model chooses and weighs experts; each field is one of `RouterConfig`'s, and named alike.
+
+    Attributes
+    ----------
+    renormalize : bool
+    scoring : {"softmax", "sigmoid"}
+    n_group, topk_group : int
+    group_score : {"max", "top2-sum"}
+    routed_scaling_factor : float
+    """
+
+    renormalize: bool
+    scoring: str = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "max"
+    routed_scaling_factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class ExpertGeometry:
     """What a source says of its experts, the same for all of them.
 
@@ -93,8 +114,7 @@ class ExpertGeometry:
     ----------
     num_layers, num_experts, top_k : int
         MoE layers, experts in each, experts chosen per token.
-    renormalize : bool
-        Whether the chosen experts' softmax weights are scaled to sum to 1.
+    scoring : ModelScoring
     layer_numbers : tuple of int
         The model's own number of each MoE layer (dense layers are skipped).
     hidden_size : int
@@ -108,7 +128,7 @@ class ExpertGeometry:
     num_layers: int
     num_experts: int
     top_k: int
-    renormalize: bool
+    scoring: ModelScoring
     layer_numbers: tuple[int, ...]
     hidden_size: int
     expert_bytes: int
@@ -213,6 +233,9 @@ class ExpertSource(Protocol):
 
     def gate(self, layer: int) -> npt.NDArray[np.float32]:
         """The router's weights of one MoE layer, float32 [num_experts, hidden_size]."""
+
+    def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """What the router adds to each expert's sigmoid when choosing, float32 [num_experts]; None if it does not."""
 
     def close(self) -> None:
         """Release descriptors; the source is not used again."""

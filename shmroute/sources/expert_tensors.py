@@ -7,9 +7,10 @@ Two spellings are read, layer by layer:
 - fused over the experts, ``LAYER.BLOCK.experts.gate_up_proj`` [E, 2I, H], gate rows first, and
   ``LAYER.BLOCK.experts.down_proj`` [E, H, I];
 
-with ``BLOCK`` either ``mlp`` or ``block_sparse_moe``, and the router's ``LAYER.BLOCK.gate.weight`` [E, H]. E
-experts, hidden size H, an expert's intermediate size I. Any other tensor under ``experts.`` is an error: it
-would change what the experts compute, and nobody would notice its absence.
+with ``BLOCK`` either ``mlp`` or ``block_sparse_moe``, and the router's ``LAYER.BLOCK.gate.weight`` [E, H], in some
+families also ``LAYER.BLOCK.gate.e_score_correction_bias`` [E]. E experts, hidden size H, an expert's intermediate
+size I. Any other tensor under ``experts.`` is an error: it would change what the experts compute, and nobody would
+notice its absence.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class ExpertTensors:
         For each layer the tensors' names, with ``{}`` for the expert's number where it is part of the name.
     gates : tuple of (str, StoredTensor)
         For each layer the router's name and place.
+    biases : tuple of (str, StoredTensor)
+        For each layer those of its correction bias; empty if the family has none.
     """
 
     dtype: str
@@ -85,6 +88,7 @@ class ExpertTensors:
     begin: npt.NDArray[np.int64]
     names: tuple[tuple[str, str, str], ...]
     gates: tuple[tuple[str, StoredTensor], ...]
+    biases: tuple[tuple[str, StoredTensor], ...]
 
 
 def is_moe_tensor(name: str) -> bool:
@@ -112,7 +116,7 @@ def find_expert_tensors(
     UnsupportedDtypeError
         If experts are quantised.
     UnsupportedScoringError
-        If the router has more than a weight.
+        If the router has more than a weight, and the correction bias that its family has.
     CheckpointError
         If a tensor is missing or unknown, or has not the shape or dtype that it should.
     """
@@ -132,6 +136,7 @@ def find_expert_tensors(
     begins: list[npt.NDArray[np.int64]] = []
     names: list[tuple[str, str, str]] = []
     gates: list[tuple[str, StoredTensor]] = []
+    biases: list[tuple[str, StoredTensor]] = []
     dtype: str | None = None
     for number in config.moe_layers:
         layer = _Layer(config, number, layers.get(number, {}), tensors, listing)
@@ -140,8 +145,12 @@ def find_expert_tensors(
         dtype = layer.place(files[-1], begins[-1], dtype)
         names.append(layer.templates)
         gates.append(layer.gate())
+        if config.has_correction_bias:
+            biases.append(layer.correction_bias())
     assert dtype is not None, "a ModelConfig has at least one MoE layer"
-    return ExpertTensors(DTYPE_NAMES[dtype], np.stack(files), np.stack(begins), tuple(names), tuple(gates))
+    return ExpertTensors(
+        DTYPE_NAMES[dtype], np.stack(files), np.stack(begins), tuple(names), tuple(gates), tuple(biases)
+    )
 
 
 def _by_layer(config: ModelConfig, names: Iterable[str], listing: str) -> dict[int, dict[str, str]]:
@@ -191,6 +200,7 @@ class _Layer:
         first_rest, first_name = next(iter(experts.items()))
         stem = first_name.removesuffix(first_rest) + blocks[0] + "."
         self._gate_name = f"{stem}gate.weight"
+        self._bias_name = f"{stem}gate.e_score_correction_bias"
         for rest, name in own.items():
             # First, since an encoding's tensors stand in for the ones that would be missed below.
             self._refuse_quantized(rest, name)
@@ -208,6 +218,7 @@ class _Layer:
                 f"{stem}experts.{{}}.{down}.weight",
             )
         known = set(self._expected()) | {self._gate_name}
+        known |= {self._bias_name} if config.has_correction_bias else set()
         for rest, name in own.items():
             if name not in known:
                 self._refuse_unknown(rest, name)
@@ -307,12 +318,18 @@ class _Layer:
 
     def gate(self) -> tuple[str, StoredTensor]:
         """The router's name and place."""
-        tensor = self._require(self._gate_name)
-        shape = (self._config.num_experts, self._config.hidden_size)
+        return self._router_tensor(self._gate_name, (self._config.num_experts, self._config.hidden_size))
+
+    def correction_bias(self) -> tuple[str, StoredTensor]:
+        """The name and place of the router's correction bias."""
+        return self._router_tensor(self._bias_name, (self._config.num_experts,))
+
+    def _router_tensor(self, name: str, shape: tuple[int, ...]) -> tuple[str, StoredTensor]:
+        tensor = self._require(name)
         if tensor.entry.shape != shape:
             raise CheckpointError(
                 tensor.path,
                 f"its shape is {list(tensor.entry.shape)}, but by config.json it is {list(shape)}",
-                self._gate_name,
+                name,
             )
-        return self._gate_name, tensor
+        return name, tensor

@@ -1,9 +1,9 @@
 """Experts out of a Hugging Face model folder, read from the safetensors files as they are.
 
-Use it for a local folder with ``config.json`` and weights of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or
-DeepSeek-V2 in float32, float16 or bfloat16. It downloads, converts and dequantises nothing: an expert's bytes
-go from the file into the given buffer, gate, up and down projection back to back, and whatever cannot be
-served like that is an error that names the file and the tensor.
+Use it for a local folder with ``config.json`` and weights of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2,
+DeepSeek-V3 or GLM-4-MoE in float32, float16 or bfloat16. It downloads, converts and dequantises nothing: an
+expert's bytes go from the file into the given buffer, gate, up and down projection back to back, and whatever
+cannot be served like that is an error that names the file and the tensor.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class HuggingFaceSource:
             num_layers=len(config.moe_layers),
             num_experts=config.num_experts,
             top_k=config.top_k,
-            renormalize=config.renormalize,
+            scoring=config.scoring,
             layer_numbers=config.moe_layers,
             hidden_size=config.hidden_size,
             expert_bytes=last.offset + last.nbytes,
@@ -171,7 +171,22 @@ class HuggingFaceSource:
             As `read_into`.
         """
         self._check_index(layer, 0)
-        name, tensor = self._tensors.gates[layer]
+        return self._router_tensor(*self._tensors.gates[layer])
+
+    def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """``e_score_correction_bias`` of one MoE layer, in the families that have it; see `ExpertSource`.
+
+        Raises
+        ------
+        CheckpointError, OSError
+            As `read_into`.
+        """
+        self._check_index(layer, 0)
+        if not self._tensors.biases:
+            return None
+        return self._router_tensor(*self._tensors.biases[layer])
+
+    def _router_tensor(self, name: str, tensor: StoredTensor) -> npt.NDArray[np.float32]:
         raw = bytearray(tensor.entry.end - tensor.entry.begin)
         self._files[tensor.file].read_into([memoryview(raw)], tensor.entry.begin, name)
         stored = np.frombuffer(raw, DTYPES[DTYPE_NAMES[tensor.entry.dtype]])
@@ -215,18 +230,14 @@ class HuggingFaceSource:
         A fine-tuned model has the same headers and sizes as its base, but will hardly have the same weights
         here. Hashing all weights instead would mean reading them all at every start.
         """
-        for layer, (name, tensor) in enumerate(self._tensors.gates):
-            down = self._layouts[-1]
-            for file, begin, length, what in (
-                (tensor.file, tensor.entry.begin, tensor.entry.end - tensor.entry.begin, name),
-                (
-                    int(self._tensors.file[layer, 0, -1]),
-                    int(self._tensors.begin[layer, 0, -1]),
-                    down.nbytes,
-                    self._tensor_name(layer, 0, len(self._layouts) - 1),
-                ),
-            ):
-                raw = bytearray(min(length, _SAMPLE_BYTES))
+        for layer, gate in enumerate(self._tensors.gates):
+            router = [gate, self._tensors.biases[layer]] if self._tensors.biases else [gate]
+            places = [(tensor.file, tensor.entry.begin, tensor.entry.end, name) for name, tensor in router]
+            down, begin = self._layouts[-1], int(self._tensors.begin[layer, 0, -1])
+            name = self._tensor_name(layer, 0, len(self._layouts) - 1)
+            places.append((int(self._tensors.file[layer, 0, -1]), begin, begin + down.nbytes, name))
+            for file, begin, end, what in places:
+                raw = bytearray(min(end - begin, _SAMPLE_BYTES))
                 self._files[file].read_into([memoryview(raw)], begin, what)
                 _absorb(digest, bytes(raw))
 

@@ -1,8 +1,8 @@
 """What a Hugging Face ``config.json`` says of a model's experts.
 
 The keys differ by family and by the version of Transformers that wrote the file. What is read here is the
-shape of the MoE layers and the rule by which experts are chosen; a rule that the router does not have is an
-error, never an approximation. The experts' dtype is not read here: ``dtype`` (or ``torch_dtype``) names the
+shape of the MoE layers and the rule by which experts are chosen and weighted; one that the router does not have
+is an error, never an approximation. The experts' dtype is not read here: ``dtype`` (or ``torch_dtype``) names the
 one in which a model was *run*, and is often not the one in which it is stored. The tensors say their own.
 """
 
@@ -14,15 +14,17 @@ from typing import Any
 
 from shmroute.errors import CheckpointError, UnsupportedDtypeError, UnsupportedScoringError
 from shmroute.shared.words import MAX_EXPERTS, MAX_LAYERS
+from shmroute.sources.base import ModelScoring
 from shmroute.sources.bounded_json import read_json_object, shown
 
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_EXTENT = 2**24
+MAX_SCALING = 1e6
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's MoE layers and routing rule (softmax over all experts, then the `top_k` largest).
+    """A model's MoE layers and the rule by which it chooses and weighs experts.
 
     Attributes
     ----------
@@ -32,8 +34,9 @@ class ModelConfig:
     moe_layers : tuple of int
         The numbers of those with experts, ascending.
     num_experts, top_k : int
-    renormalize : bool
-        Whether the chosen weights are scaled to sum to 1.
+    scoring : ModelScoring
+    has_correction_bias : bool
+        Whether the router has one, for choosing only.
     hidden_size, intermediate_size : int
         The latter of one expert.
     """
@@ -43,7 +46,8 @@ class ModelConfig:
     moe_layers: tuple[int, ...]
     num_experts: int
     top_k: int
-    renormalize: bool
+    scoring: ModelScoring
+    has_correction_bias: bool
     hidden_size: int
     intermediate_size: int
 
@@ -75,6 +79,28 @@ class _Keys:
             raise CheckpointError(self.path, f"keys of one meaning contradict each other: {shown(present)}")
         return int(next(iter(present.values())))
 
+    def number(self, name: str, default: float) -> float:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_SCALING:
+            raise CheckpointError(
+                self.path, f"the key {name!r} is {shown(value)}; a number above 0 and up to {MAX_SCALING:g} is expected"
+            )
+        return float(value)
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
+        """The value of a key that names a rule; the first of those allowed if it is absent."""
+        value = self._values.get(name)
+        if value is None:
+            return allowed[0]
+        if value not in allowed:
+            raise UnsupportedScoringError(
+                self.path,
+                f"{name} is {shown(value)}; for this family, {' and '.join(map(repr, allowed))} can be routed",
+            )
+        return str(value)
+
     def boolean(self, name: str, default: bool) -> bool:
         value = self._values.get(name)
         if value is None:
@@ -99,34 +125,97 @@ def _qwen_layers(keys: _Keys, layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in excluded)
 
 
-def _deepseek_layers(keys: _Keys, layers: int) -> tuple[int, ...]:
-    first = keys.integer("first_k_dense_replace", low=0, high=MAX_LAYERS, default=0)
-    step = keys.integer("moe_layer_freq", low=1, high=MAX_LAYERS, default=1)
-    return tuple(layer for layer in range(first, layers) if layer % step == 0)
+def _after_dense_layers(default: int) -> Callable[[_Keys, int], tuple[int, ...]]:
+    """Layers from a certain one on; `default` is how many are dense if the file does not say."""
+
+    def layers_of(keys: _Keys, layers: int) -> tuple[int, ...]:
+        first = keys.integer("first_k_dense_replace", low=0, high=MAX_LAYERS, default=default)
+        step = keys.integer("moe_layer_freq", low=1, high=MAX_LAYERS, default=1)
+        return tuple(layer for layer in range(first, layers) if layer % step == 0)
+
+    return layers_of
+
+
+def _softmax(keys: _Keys, renormalize: bool) -> ModelScoring:
+    """Softmax over all experts, then the k largest."""
+    keys.one_of("scoring_func", ("softmax",))
+    keys.one_of("topk_method", ("greedy",))
+    if keys.number("routed_scaling_factor", 1.0) != 1:
+        raise UnsupportedScoringError(
+            keys.path, f"routed_scaling_factor is {shown(keys.get('routed_scaling_factor'))}; this family knows only 1"
+        )
+    return ModelScoring(renormalize)
+
+
+def _always_renormalized(keys: _Keys) -> ModelScoring:
+    """The family's modelling code renormalises and reads no key."""
+    return _softmax(keys, True)
+
+
+def _renormalized_by_key(keys: _Keys) -> ModelScoring:
+    return _softmax(keys, keys.boolean("norm_topk_prob", default=False))
+
+
+def _groups(keys: _Keys, default: tuple[int, int]) -> tuple[int, int]:
+    groups = keys.integer("n_group", low=1, high=MAX_EXPERTS, default=default[0])
+    chosen = keys.integer("topk_group", low=1, high=MAX_EXPERTS, default=default[1])
+    if chosen > groups:
+        raise CheckpointError(keys.path, f"topk_group is {chosen}, but there are only n_group = {groups} groups")
+    return groups, chosen
+
+
+def _deepseek_v2(keys: _Keys) -> ModelScoring:
+    """Softmax over all experts, then the k largest, of all or of the groups with the largest ones."""
+    keys.one_of("scoring_func", ("softmax",))
+    limited = keys.one_of("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy"
+    renormalize, factor = keys.boolean("norm_topk_prob", default=False), keys.number("routed_scaling_factor", 1.0)
+    if renormalize and factor != 1:
+        raise UnsupportedScoringError(
+            keys.path, f"norm_topk_prob is true and routed_scaling_factor {factor:g}: this family applies only one"
+        )
+    for key in ("n_group", "topk_group"):
+        if limited and keys.get(key) is None:
+            raise CheckpointError(keys.path, f"the key {key!r} is missing, but topk_method is 'group_limited_greedy'")
+    groups, chosen = _groups(keys, (1, 1)) if limited else (1, 1)
+    return ModelScoring(renormalize, "softmax", groups, chosen, "max", factor)
+
+
+def _deepseek_v3(groups: tuple[int, int], factor: float) -> Callable[[_Keys], ModelScoring]:
+    """Sigmoids plus a correction bias, of the groups whose two best sum up to most; what absent keys stand for."""
+
+    def scoring_of(keys: _Keys) -> ModelScoring:
+        keys.one_of("scoring_func", ("sigmoid",))
+        keys.one_of("topk_method", ("noaux_tc",))
+        return ModelScoring(
+            keys.boolean("norm_topk_prob", default=True), "sigmoid", *_groups(keys, groups), "top2-sum",
+            keys.number("routed_scaling_factor", factor),
+        )  # fmt: skip
+
+    return scoring_of
 
 
 @dataclass(frozen=True)
 class _Family:
     """How one family's file differs.
 
-    `always_renormalizes`: its modelling code does so and reads no key. `intermediate_key`: an expert's size,
-    which is not the size of the family's dense layers where it has any.
+    `intermediate_key`: an expert's size, which is not the size of the family's dense layers where it has any.
     """
 
-    always_renormalizes: bool
+    scoring: Callable[[_Keys], ModelScoring]
     intermediate_key: str
     layers: Callable[[_Keys, int], tuple[int, ...]]
 
 
 _FAMILIES: dict[str, _Family] = {
-    "mixtral": _Family(True, "intermediate_size", _every_layer),
-    "qwen2_moe": _Family(False, "moe_intermediate_size", _qwen_layers),
-    "qwen3_moe": _Family(False, "moe_intermediate_size", _qwen_layers),
-    "olmoe": _Family(False, "intermediate_size", _every_layer),
-    "deepseek_v2": _Family(False, "moe_intermediate_size", _deepseek_layers),
+    "mixtral": _Family(_always_renormalized, "intermediate_size", _every_layer),
+    "qwen2_moe": _Family(_renormalized_by_key, "moe_intermediate_size", _qwen_layers),
+    "qwen3_moe": _Family(_renormalized_by_key, "moe_intermediate_size", _qwen_layers),
+    "olmoe": _Family(_renormalized_by_key, "intermediate_size", _every_layer),
+    "deepseek_v2": _Family(_deepseek_v2, "moe_intermediate_size", _after_dense_layers(0)),
+    "deepseek_v3": _Family(_deepseek_v3((8, 4), 2.5), "moe_intermediate_size", _after_dense_layers(3)),
+    "glm4_moe": _Family(_deepseek_v3((1, 1), 1.0), "moe_intermediate_size", _after_dense_layers(1)),
 }
 SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
-_SIGMOID_MODEL_TYPES = frozenset({"deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "dots1"})
 
 
 def read_model_config(path: str) -> ModelConfig:
@@ -139,7 +228,7 @@ def read_model_config(path: str) -> ModelConfig:
     Raises
     ------
     UnsupportedScoringError
-        If experts are chosen by another rule than softmax and top-k over all of them.
+        If experts are chosen by a rule that the router does not have.
     UnsupportedDtypeError
         If the model is quantised.
     CheckpointError
@@ -149,7 +238,6 @@ def read_model_config(path: str) -> ModelConfig:
     model_type = keys.get("model_type")
     if model_type is None:
         raise CheckpointError(path, "the key 'model_type' is missing")
-    _refuse_other_scoring(keys, model_type)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise CheckpointError(
             path,
@@ -166,41 +254,34 @@ def read_model_config(path: str) -> ModelConfig:
     moe_layers = family.layers(keys, layers)
     if not moe_layers:
         raise CheckpointError(path, f"by its keys, none of the model's {layers} layers has experts")
+    top_k = keys.integer("num_experts_per_tok", low=1, high=experts)
+    scoring = family.scoring(keys)
+    _check_groups(keys, scoring, experts, top_k)
     return ModelConfig(
         model_type=model_type,
         num_hidden_layers=layers,
         moe_layers=moe_layers,
         num_experts=experts,
-        top_k=keys.integer("num_experts_per_tok", low=1, high=experts),
-        renormalize=family.always_renormalizes or keys.boolean("norm_topk_prob", default=False),
+        top_k=top_k,
+        scoring=scoring,
+        has_correction_bias=scoring.scoring == "sigmoid",
         hidden_size=keys.integer("hidden_size", low=1, high=MAX_EXTENT),
         intermediate_size=keys.integer(family.intermediate_key, low=1, high=MAX_EXTENT),
     )
 
 
-def _refuse_other_scoring(keys: _Keys, model_type: Any) -> None:
-    """Raise if the file asks for anything but softmax over all experts, then top-k."""
-    scoring = keys.get("scoring_func")
-    if isinstance(model_type, str) and model_type in _SIGMOID_MODEL_TYPES:
-        raise UnsupportedScoringError(keys.path, f"model_type {model_type!r} scores experts by a sigmoid, not softmax")
-    if scoring is not None and scoring != "softmax":
-        raise UnsupportedScoringError(keys.path, f"scoring_func is {shown(scoring)}; only 'softmax' is supported")
-    factor = keys.get("routed_scaling_factor")
-    if factor is not None:
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise CheckpointError(keys.path, f"the key 'routed_scaling_factor' is {shown(factor)}, not a number")
-        if factor != 1:
-            raise UnsupportedScoringError(keys.path, f"routed_scaling_factor is {shown(factor)}; only 1 is supported")
-    method = keys.get("topk_method")
-    if method is None or method == "greedy":
-        return
-    if method != "group_limited_greedy":
-        raise UnsupportedScoringError(keys.path, f"topk_method is {shown(method)}; only 'greedy' is supported")
-    groups = keys.integer("n_group", low=1, high=MAX_EXPERTS)
-    chosen = keys.integer("topk_group", low=1, high=MAX_EXPERTS)
-    if chosen < groups:
-        raise UnsupportedScoringError(
+def _check_groups(keys: _Keys, scoring: ModelScoring, experts: int, top_k: int) -> None:
+    """Raise if the groups cannot be what the file says."""
+    if experts % scoring.n_group:
+        raise CheckpointError(keys.path, f"n_group is {scoring.n_group}, which does not divide {experts} experts")
+    size = experts // scoring.n_group
+    if scoring.topk_group * size < top_k:
+        raise CheckpointError(
             keys.path,
-            f"experts are chosen from {chosen} of {groups} groups (topk_group, n_group); "
-            f"only a choice among all experts is supported",
+            f"num_experts_per_tok is {top_k}, but topk_group = {scoring.topk_group} groups of {size} experts hold "
+            f"only {scoring.topk_group * size}",
+        )
+    if scoring.group_score == "top2-sum" and scoring.topk_group < scoring.n_group and size < 2:
+        raise CheckpointError(
+            keys.path, f"n_group is {scoring.n_group}: groups of one expert have no two best to choose them by"
         )

@@ -12,7 +12,7 @@ import xxhash
 
 from shmroute.errors import ConfigError
 from shmroute.shared.words import MAX_EXPERTS, MAX_LAYERS
-from shmroute.sources.base import DTYPES, ExpertGeometry, SourceSpec, TensorLayout
+from shmroute.sources.base import DTYPES, ExpertGeometry, ModelScoring, SourceSpec, TensorLayout
 
 MAX_DELAY = 3600.0
 _EXPERT_STREAM, _GATE_STREAM = 0, 1
@@ -104,7 +104,7 @@ class SyntheticSource:
             num_layers=num_layers,
             num_experts=num_experts,
             top_k=top_k,
-            renormalize=renormalize,
+            scoring=ModelScoring(renormalize),
             layer_numbers=tuple(range(num_layers)),
             hidden_size=hidden_size,
             expert_bytes=down.offset + down.nbytes,
@@ -156,6 +156,10 @@ class SyntheticSource:
         words = self._words((_GATE_STREAM, layer), math.prod(shape))
         uniform = (words >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0
         return (uniform / math.sqrt(shape[1])).astype(np.float32).reshape(shape)
+
+    def correction_bias(self, layer: int) -> None:
+        """None: its model scores by softmax."""
+        self._check_index(layer, 0)
 
     def close(self) -> None:
         """Does nothing: there is nothing to release."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 from shmroute.errors import CheckpointError
-from shmroute.sources import HuggingFaceSource
+from shmroute.sources import HuggingFaceSource, ModelScoring
 from shmroute.sources.bounded_json import parse_json_object
 from shmroute.sources.model_config import ModelConfig, read_model_config
 from shmroute.sources.safetensors_header import ITEM_BYTES, LENGTH_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES, read_header
@@ -239,7 +239,7 @@ def config_is_sound_or_refused(path: Path) -> ModelConfig | None:
     assert 1 <= len(config.moe_layers) <= config.num_hidden_layers <= 1024
     assert list(config.moe_layers) == sorted(set(config.moe_layers) & set(range(config.num_hidden_layers)))
     assert min(config.hidden_size, config.intermediate_size) >= 1
-    assert isinstance(config.renormalize, bool)
+    assert isinstance(config.scoring, ModelScoring)
     return config
 
 

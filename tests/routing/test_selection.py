@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
-from shmroute.routing.selection import count_after, count_resident, scratch_length, select_raised, select_top_k
+from shmroute.routing.selection import (
+    count_after,
+    count_before_by_logit,
+    count_resident,
+    last_by_logit,
+    scratch_length,
+    select_raised,
+    select_top_k,
+)
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.kernel import inlined
 
@@ -24,10 +32,9 @@ def select(
     logits: int, num_experts: int, bonus: float, snapshot: int, scores: int, ids: int, chosen: int, k: int
 ) -> int:
     """As the router does it."""
-    finite = select_top_k(logits, num_experts, scores, ids, chosen, k)
-    if finite >= k and bonus != 0.0:
-        select_raised(logits, num_experts, bonus, snapshot, scores, ids, chosen, k)
-    return finite
+    if bonus != 0.0:
+        return select_raised(logits, num_experts, bonus, snapshot, scores, ids, chosen, k)
+    return select_top_k(logits, num_experts, scores, ids, chosen, k)
 
 
 @numba.njit(types.int64(*[types.int64] * 2, types.float64, *[types.int64] * 5), _nrt=False)
@@ -58,7 +65,6 @@ def choose(logits: Row, k: int, resident: set[int], bonus: float) -> tuple[list[
 def by_sorting(logits: Row, k: int, resident: set[int], bonus: float) -> tuple[list[int], int]:
     """The same by definition, in float64: best score first, ties to the lower id."""
     finite = [expert for expert in range(len(logits)) if np.isfinite(logits[expert])]
-    bonus = bonus if len(finite) >= k else 0.0  # such a row is refused
     scores = {expert: float(logits[expert]) + bonus * (expert in resident) for expert in finite}
     return sorted(finite, key=lambda expert: (-scores[expert], expert))[:k], len(finite)
 
@@ -130,10 +136,33 @@ def test_interpreted_it_chooses_the_same(data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_what_the_bonus_changed_is_what_logits_alone_would_not_have_chosen(data: st.DataObject) -> None:
-    row = np.array(data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0]), min_size=9, max_size=9)), np.float32)
-    k, resident = data.draw(st.integers(1, 9)), data.draw(st.sets(st.integers(0, 8)))
+    count = data.draw(st.sampled_from([9, 16, 20]))
+    values = st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0]), min_size=count, max_size=count)
+    row = np.array(data.draw(values), np.float32)
+    k, resident = data.draw(st.integers(1, count)), data.draw(st.sets(st.integers(0, count - 1)))
     (plain, _), (chosen, _) = by_sorting(row, k, set(), 0.0), by_sorting(row, k, resident, 0.75)
-    ids, snapshot = np.array(chosen, np.int32), bitmap(resident, 9)
-    changed = count_after(row.ctypes.data, ids.ctypes.data, k, plain[-1])
-    assert changed == len(set(chosen) - set(plain))
+    ids, snapshot = np.array(chosen, np.int32), bitmap(resident, count)
+    replaced = len(set(chosen) - set(plain))
+    assert count_after(row.ctypes.data, ids.ctypes.data, k, plain[-1]) == replaced
     assert count_resident(snapshot.ctypes.data, ids.ctypes.data, k) == len(set(chosen) & resident)
+    order = by_sorting(row, count, set(), 0.0)[0]
+    last = last_by_logit(row.ctypes.data, ids.ctypes.data, k)
+    assert last == max(chosen, key=order.index)
+    before = count_before_by_logit(row.ctypes.data, count, last)
+    assert before == order.index(last)
+    assert (before == k - 1) == (replaced == 0)
+    assert replaced == 1 or before != k
+
+
+@pytest.mark.skipif(not COMPILED, reason="the same in Python, by the thousand")
+@pytest.mark.parametrize("bonus", [2.0**-32, 1e-3, 0.15, 1e3, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e4, 1e30])
+def test_rounding_to_float32_hides_no_candidate(bonus: float, scale: float) -> None:
+    source = np.random.default_rng(5)
+    for _ in range(50):
+        row = (source.normal(size=70) * scale).astype(np.float32)
+        half = source.random(70) < 0.5
+        row[half] = (row[half].astype(np.float64) - bonus).astype(np.float32)  # raised, they are as high as the rest
+        resident = set(np.flatnonzero(half).tolist())
+        for k in (1, 8, 16):
+            assert choose(row, k, resident, bonus) == by_sorting(row, k, resident, bonus)

@@ -33,6 +33,7 @@ class Family:
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     renormalize: bool = False
+    correction_bias: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -87,6 +88,39 @@ FAMILIES: dict[str, Family] = {
         layers=5,
         moe_layers=(2, 4),
     ),
+    "deepseek_v3": Family(
+        {
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+        layers=3,
+        moe_layers=(1, 2),
+        renormalize=True,
+        correction_bias=True,
+    ),
+    "glm4_moe": Family(
+        {
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+        },
+        layers=2,
+        moe_layers=(1,),
+        renormalize=True,
+        correction_bias=True,
+    ),
 }
 
 
@@ -94,7 +128,8 @@ FAMILIES: dict[str, Family] = {
 class Checkpoint:
     """What was written.
 
-    `experts` maps (MoE layer from 0, expert) to (gate, up, down), `gates` the MoE layer to the router.
+    `experts` maps (MoE layer from 0, expert) to (gate, up, down), `gates` the MoE layer to the router, `biases` to its
+    correction bias.
     """
 
     folder: Path
@@ -103,6 +138,7 @@ class Checkpoint:
     tensors: dict[str, Array]
     experts: dict[tuple[int, int], tuple[Array, Array, Array]] = field(default_factory=dict)
     gates: dict[int, Array] = field(default_factory=dict)
+    biases: dict[int, Array] = field(default_factory=dict)
 
     def expert_bytes(self, layer: int, expert: int) -> bytes:
         return b"".join(array.tobytes() for array in self.experts[layer, expert])
@@ -163,6 +199,8 @@ def build(
 
 def _add_layer(made: Checkpoint, row: int, stem: str, draw: Callable[..., Array], fused: bool) -> None:
     made.gates[row] = made.tensors[f"{stem}gate.weight"] = draw(EXPERTS, HIDDEN)
+    if made.family.correction_bias:
+        made.biases[row] = made.tensors[f"{stem}gate.e_score_correction_bias"] = draw(EXPERTS)
     for expert in range(EXPERTS):
         made.experts[row, expert] = (draw(INNER, HIDDEN), draw(INNER, HIDDEN), draw(HIDDEN, INNER))
     experts = [made.experts[row, expert] for expert in range(EXPERTS)]

@@ -24,7 +24,7 @@ from shmroute.errors import (
     UnsupportedDtypeError,
     UnsupportedScoringError,
 )
-from shmroute.sources import ExpertSource, HuggingFaceSource, SourceSpec, open_source
+from shmroute.sources import ExpertSource, HuggingFaceSource, ModelScoring, SourceSpec, open_source
 
 TINY_MIXTRAL = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def test_the_shipped_checkpoint_s_experts_equal_the_library_s() -> None:
     with opened(TINY_MIXTRAL) as source:
         geometry = source.geometry
         assert (geometry.num_layers, geometry.num_experts, geometry.top_k) == (6, 8, 2)
-        assert geometry.renormalize
+        assert geometry.scoring == ModelScoring(True)
         for layer in range(6):
             stem = f"model.layers.{layer}.block_sparse_moe."
             gate = library[f"{stem}gate.weight"].astype(np.float32)
@@ -80,7 +80,7 @@ def test_every_family_is_served_in_every_spelling_and_dtype(
         assert geometry.layer_numbers == made.family.moe_layers
         assert geometry.num_layers == len(made.family.moe_layers)
         assert (geometry.num_experts, geometry.top_k) == (EXPERTS, TOP_K)
-        assert geometry.renormalize is made.family.renormalize
+        assert geometry.scoring.renormalize is made.family.renormalize
         assert [(t.name, t.shape, t.dtype) for t in geometry.tensors] == [
             ("gate", (INNER, HIDDEN), dtype),
             ("up", (INNER, HIDDEN), dtype),
@@ -88,8 +88,47 @@ def test_every_family_is_served_in_every_spelling_and_dtype(
         ]
         for layer, gate in made.gates.items():
             assert same_bytes(source.gate(layer), gate.astype(np.float32))
+            bias = source.correction_bias(layer)
+            if made.family.correction_bias:
+                assert same_bytes(bias, made.biases[layer].astype(np.float32))
+            else:
+                assert bias is None
         for layer, expert in made.experts:
             assert read(source, layer, expert) == made.expert_bytes(layer, expert)
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tensors: tensors.pop(BIAS), "the tensor is missing"),
+        (lambda tensors: tensors.update({BIAS: np.zeros(EXPERTS + 1, np.float32)}), "its shape is [5]"),
+    ],
+    ids=["missing", "of another length"],
+)
+def test_a_correction_bias_must_be_there_and_fit(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], what: str
+) -> None:
+    made = build(tmp_path / "m", "deepseek_v3", change=change)
+    with pytest.raises(CheckpointError) as refused:
+        HuggingFaceSource(made.folder)
+    assert BIAS in str(refused.value)
+    assert what in str(refused.value)
+
+
+def test_another_correction_bias_is_another_checkpoint(tmp_path: Path) -> None:
+    fingerprints = set()
+    for number in range(2):
+        made = build(
+            tmp_path / str(number),
+            "deepseek_v3",
+            change=lambda tensors, number=number: tensors.update({BIAS: np.full(EXPERTS, number, np.float32)}),
+        )
+        with opened(made.folder) as source:
+            fingerprints.add(source.geometry.fingerprint)
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "language_model.model.", "model.language_model."])

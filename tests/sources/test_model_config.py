@@ -13,7 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shmroute.errors import CheckpointError, UnsupportedDtypeError, UnsupportedScoringError
+from shmroute.sources import ModelScoring
 from shmroute.sources.model_config import MAX_CONFIG_BYTES, ModelConfig, read_model_config
+
+SIGMOID = [name for name, family in FAMILIES.items() if family.correction_bias]
 
 
 def config_of(family_name: str, **changes: Any) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def test_the_number_of_experts_has_three_names(tmp_path: Path, model_type: str, 
     config = config_of(model_type)
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         config.pop(name, None)
-    assert read(tmp_path, {**config, key: 7}).num_experts == 7
+    assert read(tmp_path, {**config, key: 8}).num_experts == 8
     assert "contradict" in str(refusal(tmp_path, {**config_of(model_type, num_experts=9), "n_routed_experts": 7}))
 
 
@@ -58,12 +61,13 @@ def test_the_number_of_experts_has_three_names(tmp_path: Path, model_type: str, 
         (family, given_as, bool(given_as))
         for family in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
         for given_as in (True, False, None)
-    ],
+    ]
+    + [(family, given_as, given_as is not False) for family in SIGMOID for given_as in (True, False, None)],
 )
 def test_renormalisation_follows_the_family_s_default(
     tmp_path: Path, model_type: str, given_as: bool | None, expected: bool
 ) -> None:
-    assert read(tmp_path, config_of(model_type, norm_topk_prob=given_as)).renormalize is expected
+    assert read(tmp_path, config_of(model_type, norm_topk_prob=given_as)).scoring.renormalize is expected
 
 
 @pytest.mark.parametrize(
@@ -139,31 +143,82 @@ def test_a_model_without_any_moe_layer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes"),
+    ("model_type", "changes", "what"),
     [
-        ("mixtral", {"model_type": "deepseek_v3"}),
-        ("deepseek_v2", {"scoring_func": "sigmoid"}),
-        ("deepseek_v2", {"routed_scaling_factor": 16.0}),
-        ("deepseek_v2", {"topk_method": "noaux_tc"}),
-        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}),
+        ("mixtral", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; for this family, 'softmax' can be routed"),
+        ("mixtral", {"routed_scaling_factor": 2.0}, "routed_scaling_factor is 2.0; this family knows only 1"),
+        ("olmoe", {"topk_method": "group_limited_greedy"}, "topk_method is 'group_limited_greedy'"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "'greedy' and 'group_limited_greedy' can be routed"),
+        ("deepseek_v2", {"norm_topk_prob": True, "routed_scaling_factor": 16.0}, "applies only one"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; for this family, 'sigmoid'"),
+        ("glm4_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
     ],
 )
-def test_another_scoring_rule_is_refused(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
-    assert type(refusal(tmp_path, config_of(model_type, **changes))) is UnsupportedScoringError
+def test_another_scoring_rule_is_refused(tmp_path: Path, model_type: str, changes: dict[str, Any], what: str) -> None:
+    error = refusal(tmp_path, config_of(model_type, **changes))
+    assert type(error) is UnsupportedScoringError
+    assert what in str(error)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("model_type", "changes", "scoring"),
     [
-        {"topk_method": "group_limited_greedy", "n_group": 1, "topk_group": 1},
-        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4},
-        {"topk_method": "greedy", "n_group": 8, "topk_group": 3},
-        {"topk_method": None, "n_group": None, "topk_group": None, "routed_scaling_factor": None},
-        {"routed_scaling_factor": 1},
+        ("mixtral", {}, ModelScoring(True)),
+        ("olmoe", {}, ModelScoring(False)),
+        ("deepseek_v2", {"routed_scaling_factor": 16}, ModelScoring(False, routed_scaling_factor=16.0)),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+            ModelScoring(False, n_group=4, topk_group=2),
+        ),
+        ("deepseek_v2", {"topk_method": "greedy", "n_group": 8, "topk_group": 3}, ModelScoring(False)),
+        (
+            "deepseek_v2",
+            {"topk_method": None, "n_group": None, "topk_group": None, "routed_scaling_factor": None},
+            ModelScoring(False),
+        ),
+        ("deepseek_v3", {}, ModelScoring(True, "sigmoid", 2, 1, "top2-sum", 2.5)),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 256, "n_group": None, "topk_group": None, "routed_scaling_factor": None,
+             "scoring_func": None, "topk_method": None, "norm_topk_prob": None},
+            ModelScoring(True, "sigmoid", 8, 4, "top2-sum", 2.5),
+        ),
+        ("glm4_moe", {"n_group": None, "topk_group": None}, ModelScoring(True, "sigmoid", 1, 1, "top2-sum", 1.0)),
+    ],
+)  # fmt: skip
+def test_a_family_s_scoring_is_read(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], scoring: ModelScoring
+) -> None:
+    config = read(tmp_path, config_of(model_type, **changes))
+    assert config.scoring == scoring
+    assert config.has_correction_bias is (model_type in SIGMOID)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "what"),
+    [
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": None, "topk_group": 1},
+            "'n_group' is missing",
+        ),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "topk_group": None}, "'topk_group' is missing"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3, which does not divide 4 experts"),
+        ("deepseek_v3", {"topk_group": 3}, "topk_group is 3, but there are only n_group = 2 groups"),
+        ("deepseek_v3", {"num_experts_per_tok": 3}, "topk_group = 1 groups of 2 experts hold only 2"),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 2}, "groups of one expert have no two best"),
+        ("deepseek_v3", {"routed_scaling_factor": 0}, "'routed_scaling_factor' is 0; a number above 0"),
+        ("deepseek_v3", {"routed_scaling_factor": 1e9}, "'routed_scaling_factor' is 1000000000.0"),
     ],
 )
-def test_rules_that_amount_to_plain_top_k_are_accepted(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert read(tmp_path, config_of("deepseek_v2", **changes)).top_k == TOP_K
+def test_groups_and_factors_that_cannot_be_are_named(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], what: str
+) -> None:
+    error = refusal(tmp_path, config_of(model_type, **changes))
+    assert type(error) is CheckpointError
+    assert what in str(error)
 
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
@@ -189,7 +244,7 @@ def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
 fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 KEYS = sorted(
     {key for family in FAMILIES for key in config_of(family)}
-    | {"norm_topk_prob", "mlp_only_layers", "n_group", "quantization_config"}
+    | {"norm_topk_prob", "mlp_only_layers", "n_group", "topk_group", "quantization_config"}
 )
 VALUES = (
     st.none()
@@ -198,7 +253,7 @@ VALUES = (
     | st.integers(0, 9)
     | st.floats()
     | st.text(max_size=4)
-    | st.sampled_from([*FAMILIES, "greedy", "group_limited_greedy", "softmax"])
+    | st.sampled_from([*FAMILIES, "greedy", "group_limited_greedy", "softmax", "sigmoid", "noaux_tc"])
     | st.lists(st.integers(0, 4) | st.text(max_size=2), max_size=3)
     | st.dictionaries(st.text(max_size=2), st.integers(), max_size=2)
 )

@@ -1,0 +1,355 @@
+"""Routing rules: how a model chooses experts, and how residency is let into that choice.
+
+Every expert has a *choosing score*: its logit, or for sigmoid scoring its sigmoid plus the layer's correction bias; but
+-inf if the logit is not finite, or the expert is in a group that the model does not admit for the token. A token's
+*own* experts are the k best by that score. A rule of the cache may replace some of them by resident experts; it never
+touches the weights, which follow from the model's scores of whatever was chosen.
+
+| rule | who is chosen | strength |
+|---|---|---|
+| absolute | the k best by score, plus strength for a resident expert | in units of the score |
+| cache-prior | the same, with strength × spread, for resident ones and the own best J | λ, a share of the spread |
+| max-rank | the own best J, then resident ones of the best M, then the rest by score | how far from k (0) to M (1) |
+| cumulative-threshold | likewise, the best M being the least set of best experts that reaches it | a probability |
+| probability | the k best by probability, plus strength for a resident expert | a probability |
+
+The second to the fourth are those of Skliar et al., *Mixture of Cache-Conditional Experts for Efficient Mobile Device
+Inference* (arXiv 2412.00099). At strength 0, and for a token whose own experts are all resident, each chooses the own
+experts. A strength above 1 is 1 where it says how far M goes, and reaches every expert where it is a probability.
+
+**Spread**: the running mean over a layer's tokens of the largest minus the least choosing score. It is one word per
+layer, shared, so that all workers agree on it; a call reads it once, with its residency snapshot, and routes all of its
+tokens by that value, which it leaves in the plan for a trace. After the last token it adds the spreads that it met, by
+CAS (lock-free; the CAS is the linearization point). A worker that dies before leaves its call out of the mean. Before
+the first token the mean is 0, and the rule raises nobody.
+
+Softmax scores, one group, no scaling and the absolute rule are not here but in `shmroute.routing.route`, which does
+them with one selection per token; a token here has one for its own experts, and another if they are not all resident.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from shmroute.routing import codes
+from shmroute.routing import plan as p
+from shmroute.routing.selection import (
+    ID,
+    LOWEST,
+    bit_at,
+    count_after,
+    count_before_by_logit,
+    count_resident,
+    select_raised,
+    select_top_k,
+)
+from shmroute.routing.shares import fill_shares, lost_mass, mass_before
+from shmroute.routing.vectors import (
+    WIDTH,
+    at_least,
+    id_at,
+    larger,
+    largest,
+    least,
+    load_logits,
+    logistic,
+    narrowed,
+    plus,
+    put_id,
+    put_word,
+    replaced,
+    same,
+    smaller,
+    store_logits,
+    widened,
+    word_at,
+)
+from shmroute.shared.atomic import WORD, cas, f32_array, f64_array, load
+from shmroute.shared.bits import count_bits
+from shmroute.shared.kernel import inner
+from shmroute.shared.words import (
+    SPREAD_COUNT_MAX,
+    SPREAD_MAX,
+    pack_spread,
+    spread_count,
+    spread_mean,
+)
+
+# ------------------------------------------------------------------ choosing scores
+
+
+@inner
+def _group_score(scores_at: int, first: int, end: int, rule: int) -> float:
+    """The largest choosing score of the experts from `first` to `end`, or the sum of the two largest."""
+    best = narrowed(same(-math.inf))
+    second = narrowed(same(-math.inf))
+    for start in range(first, end, WIDTH):
+        scores = load_logits(scores_at + start * 4, end - start)
+        second = larger(second, smaller(best, scores))
+        best = larger(best, scores)
+    top = largest(widened(best))
+    if rule == codes.GROUP_MAX:
+        return top
+    holders = at_least(best, top)
+    if count_bits(holders) > 1:
+        return top + top
+    others = larger(second, replaced(best, holders, -math.inf))
+    return top + largest(widened(others))
+
+
+@inner
+def _leave_out_groups(words: npt.NDArray[np.int64], scores_at: int) -> None:
+    """-inf for every expert outside the groups that are best for this token; ties go to the lower group."""
+    groups, size = words[p.N_GROUP], words[p.NUM_EXPERTS] // words[p.N_GROUP]
+    group_scores = f32_array(words[p.GROUPS], groups)
+    for group in range(groups):
+        group_scores[group] = _group_score(scores_at, group * size, (group + 1) * size, words[p.GROUP_SCORE])
+        put_word(words[p.QUEUED] + group * WORD, 0)  # whether it is admitted; the requests come later
+    admitted = min(
+        words[p.TOPK_GROUP],
+        select_top_k(
+            words[p.GROUPS], groups, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], words[p.TOPK_GROUP]
+        ),
+    )
+    for rank in range(admitted):
+        put_word(words[p.QUEUED] + id_at(words[p.FOUND] + rank * ID) * WORD, 1)
+    scores = f32_array(scores_at, words[p.NUM_EXPERTS])
+    for group in range(groups):
+        if word_at(words[p.QUEUED] + group * WORD) == 0:
+            for expert in range(group * size, (group + 1) * size):
+                scores[expert] = -math.inf
+
+
+@inner
+def _choosing_scores(words: npt.NDArray[np.int64], row_at: int) -> int:
+    """Address of float32 [E], a token's choosing scores."""
+    num_experts, scores_at, bias_at = words[p.NUM_EXPERTS], words[p.CHOOSING], words[p.CORRECTION_BIAS]
+    grouped = words[p.TOPK_GROUP] < words[p.N_GROUP]
+    sigmoid = words[p.SCORING] == codes.SIGMOID
+    if not sigmoid and not grouped:
+        return row_at
+    for first in range(0, num_experts, WIDTH):
+        scores = load_logits(row_at + first * 4, num_experts - first)
+        if sigmoid:
+            scores = plus(logistic(scores), load_logits(bias_at + first * 4, num_experts - first))
+        store_logits(scores, scores_at + first * 4)
+    if grouped:
+        _leave_out_groups(words, scores_at)
+    return int(scores_at)
+
+
+@inner
+def _count_finite(row_at: int, num_experts: int) -> int:
+    """How many logits are finite."""
+    finite = 0
+    for first in range(0, num_experts, WIDTH):
+        finite += count_bits(at_least(load_logits(row_at + first * 4, num_experts - first), LOWEST))
+    return finite
+
+
+# ------------------------------------------------------------------ the rules
+
+
+@inner
+def _best_raised(words: npt.NDArray[np.int64], scores_at: int, amount: float, preferred_at: int) -> None:
+    """Choose by score plus `amount` for those whose bit is set in a bitmap."""
+    select_raised(
+        scores_at, words[p.NUM_EXPERTS], amount, preferred_at, words[p.SCORES], words[p.CANDIDATES], words[p.CHOSEN],
+        words[p.TOP_K],
+    )  # fmt: skip
+
+
+@inner
+def _cache_prior(words: npt.NDArray[np.int64], scores_at: int, amount: float) -> None:
+    """Raise resident experts and the own best J."""
+    preferred_at, own_at = words[p.PREFERRED], words[p.OWN]
+    for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
+        put_word(preferred_at + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD))
+    for rank in range(words[p.TOP_J]):
+        expert = id_at(own_at + rank * ID)
+        word = preferred_at + (expert >> 6) * WORD
+        put_word(word, word_at(word) | (1 << (expert & 63)))
+    _best_raised(words, scores_at, amount, preferred_at)
+
+
+@inner
+def _by_probability(words: npt.NDArray[np.int64], row_at: int, scores_at: int, strength: float) -> None:
+    """Choose by probability; sigmoid scores are probabilities as they are."""
+    if words[p.SCORING] == codes.SIGMOID:
+        _best_raised(words, scores_at, strength, words[p.SNAPSHOT])
+        return
+    num_experts, shares_at = words[p.NUM_EXPERTS], words[p.SHARES]
+    total = fill_shares(words, row_at)
+    for first in range(0, num_experts, WIDTH):
+        count = num_experts - first
+        admitted = at_least(load_logits(scores_at + first * 4, count), LOWEST)
+        shares = load_logits(shares_at + first * 4, count)
+        store_logits(replaced(shares, ~admitted, -math.inf), shares_at + first * 4)
+    _best_raised(words, shares_at, strength * total, words[p.SNAPSHOT])
+
+
+@inner
+def _best_resident(words: npt.NDArray[np.int64], scores_at: int, count: int) -> int:
+    """Find the `count` best resident experts that are not among the own; how many there are."""
+    num_experts, k, own_at, preferred_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.OWN], words[p.PREFERRED]
+    for i in range((num_experts + 63) >> 6):
+        put_word(preferred_at + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD))
+    for rank in range(k):
+        expert = id_at(own_at + rank * ID)
+        word = preferred_at + (expert >> 6) * WORD
+        put_word(word, word_at(word) & ~(1 << (expert & 63)))
+    others_at = words[p.OTHERS]
+    for first in range(0, num_experts, WIDTH):
+        scores = load_logits(scores_at + first * 4, num_experts - first)
+        preferred = word_at(preferred_at + (first >> 6) * WORD) >> (first & 63)
+        store_logits(replaced(scores, ~preferred, -math.inf), others_at + first * 4)
+    found = select_top_k(others_at, num_experts, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], count)
+    return min(found, count)
+
+
+@inner
+def _within(words: npt.NDArray[np.int64], scores_at: int, expert: int, strength: float, total: float) -> bool:
+    """Whether an expert is one of the best M, or of those whose probability is needed to reach the threshold."""
+    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
+    if words[p.RULE] == codes.MAX_RANK:
+        limit = k + int(min(strength, 1.0) * (words[p.MAX_RANK] - k) + 0.5)
+        return bool(count_before_by_logit(scores_at, num_experts, expert) < limit)
+    return bool(mass_before(words, scores_at, expert) < strength * total)
+
+
+@inner
+def _admit_resident(words: npt.NDArray[np.int64], row_at: int, scores_at: int, strength: float) -> None:
+    """Put the best resident experts of the best M in the place of the last missing ones of the own, behind the best J.
+
+    What is admitted comes after the own experts that stay: it is behind all of them by score.
+    """
+    k, own_at, chosen_at, top_j = words[p.TOP_K], words[p.OWN], words[p.CHOSEN], words[p.TOP_J]
+    replaceable = 0
+    for rank in range(top_j, k):
+        replaceable += 1 - bit_at(words[p.SNAPSHOT], id_at(own_at + rank * ID))
+    if replaceable == 0:
+        return
+    available = _best_resident(words, scores_at, replaceable)
+    if available == 0:
+        return
+    total = fill_shares(words, row_at) if words[p.RULE] == codes.CUMULATIVE_THRESHOLD else 0.0
+    admitted = 0
+    while admitted < available and _within(words, scores_at, id_at(words[p.FOUND] + admitted * ID), strength, total):
+        admitted += 1
+    staying = replaceable - admitted  # of the missing ones
+    count = missing = 0
+    for rank in range(k):
+        expert = id_at(own_at + rank * ID)
+        if rank >= top_j and bit_at(words[p.SNAPSHOT], expert) == 0:
+            missing += 1
+            if missing > staying:
+                continue
+        put_id(chosen_at + count * ID, expert)
+        count += 1
+    for i in range(admitted):
+        put_id(chosen_at + (count + i) * ID, id_at(words[p.FOUND] + i * ID))
+
+
+@inner
+def _apply_rule(words: npt.NDArray[np.int64], row_at: int, scores_at: int, strength: float, spread: float) -> None:
+    """Choose a token's experts, some of whose own are missing, with the cache in mind."""
+    rule = words[p.RULE]
+    if rule == codes.ABSOLUTE:
+        _best_raised(words, scores_at, strength, words[p.SNAPSHOT])
+    elif rule == codes.CACHE_PRIOR:
+        _cache_prior(words, scores_at, strength * spread)
+    elif rule == codes.PROBABILITY:
+        _by_probability(words, row_at, scores_at, strength)
+    else:
+        _admit_resident(words, row_at, scores_at, strength)
+
+
+# ------------------------------------------------------------------ the spread
+
+
+@inner
+def _spread_of(scores_at: int, num_experts: int) -> float:
+    """The largest minus the least choosing score of a token."""
+    most = narrowed(same(-math.inf))
+    lowest = narrowed(same(math.inf))
+    for first in range(0, num_experts, WIDTH):
+        scores = load_logits(scores_at + first * 4, num_experts - first)
+        most = larger(most, scores)
+        lowest = smaller(lowest, replaced(scores, ~at_least(scores, LOWEST), math.inf))
+    return min(largest(widened(most)) - least(widened(lowest)), float(SPREAD_MAX))
+
+
+@inner
+def add_spreads(address: int, total: float, tokens: int) -> None:
+    """Add the spreads of some tokens, whose sum is `total`, to a layer's running mean."""
+    while True:
+        word = load(address)
+        count = spread_count(word)
+        mean = spread_mean(word)
+        mean += (total - tokens * mean) / (count + tokens)
+        if cas(address, word, pack_spread(min(count + tokens, SPREAD_COUNT_MAX), mean)):  # linearization point
+            return
+
+
+# ------------------------------------------------------------------ one token
+
+
+@inner
+def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, spread: float) -> int:
+    """Choose one token's experts, best first as its rule has it, into the plan's CHOSEN.
+
+    Changed choices and what they lost are added to the plan's CHANGED and LOST_MASS, logits that are not finite to
+    NOT_FINITE_LOGITS, its spread, if the rule wants it, to SPREAD_SUM.
+
+    Parameters
+    ----------
+    row_at : int
+        Address of float32 [E], its logits.
+    strength, spread : float
+        Those of the call; a strength of 0 keeps the cache out.
+
+    Returns
+    -------
+    int
+        How many experts could have been chosen. If they are fewer than k, nothing was.
+    """
+    num_experts, k, own_at, chosen_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.OWN], words[p.CHOSEN]
+    scores_at = _choosing_scores(words, row_at)
+    choosable = select_top_k(scores_at, num_experts, words[p.SCORES], words[p.CANDIDATES], own_at, k)
+    if choosable < k:
+        return choosable
+    words[p.NOT_FINITE_LOGITS] += num_experts - _count_finite(row_at, num_experts)
+    if words[p.RULE] == codes.CACHE_PRIOR:
+        parameters = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)
+        parameters[p.SPREAD_SUM] += _spread_of(scores_at, num_experts)
+    for rank in range(k):
+        put_id(chosen_at + rank * ID, id_at(own_at + rank * ID))
+    if strength == 0.0 or count_resident(words[p.SNAPSHOT], own_at, k) == k:
+        return choosable
+    _apply_rule(words, row_at, scores_at, strength, spread)
+    replaced_experts = count_after(scores_at, chosen_at, k, id_at(own_at + (k - 1) * ID))
+    if replaced_experts > 0:
+        words[p.CHANGED] += replaced_experts
+        words[p.LOST_MASS] += lost_mass(words, row_at)
+    return choosable
+
+
+@inner
+def take_spread(words: npt.NDArray[np.int64]) -> float:
+    """The spread by which a call routes, 0 if its rule knows none."""
+    words[p.SPREAD_USED] = 0
+    if words[p.RULE] != codes.CACHE_PRIOR:
+        return 0.0
+    f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SPREAD_SUM] = 0.0
+    words[p.SPREAD_USED] = load(words[p.SPREAD])
+    return spread_mean(words[p.SPREAD_USED])
+
+
+@inner
+def give_spread(words: npt.NDArray[np.int64], tokens: int) -> None:
+    """After all tokens of a call were chosen for: add their spreads."""
+    if words[p.RULE] == codes.CACHE_PRIOR:
+        add_spreads(words[p.SPREAD], f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SPREAD_SUM], tokens)
