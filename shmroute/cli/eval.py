@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.output import complain, console, human_share, note
-from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from shmroute.evaluation.comparison import Outcome
     from shmroute.evaluation.loop import Setting
 
-DEFAULT_RULES = ("absolute=0.15,0.5,1",)
+DEFAULT_RULES = ("absolute=0.15,0.5", "probability=0.03,0.06,0.1")
+
+RULE_OPTIONS = ("top_j", "max_rank")
+"""Settings of `RouterConfig` that a ``--rule`` may have."""
 
 NONE = "none"
 """The rule without a bonus."""
@@ -57,7 +61,8 @@ def eval_(
         typer.Option(
             "--rule",
             metavar="NAME=STRENGTH,…",
-            help=f"A rule and its strengths; may be given several times.  [default: {' '.join(DEFAULT_RULES)}]",
+            help=f"A rule and its strengths, with options such as cache-prior:top_j=1=0.1,0.2; may be given several "
+            f"times. Rules: {', '.join(RULES)}. By default {' and '.join(DEFAULT_RULES)}.",
             show_default=False,
         ),
     ] = None,
@@ -156,18 +161,30 @@ def chosen_routers(rule: str) -> list[RouterConfig]:
     Raises
     ------
     ConfigError
-        If there is no such rule, or a strength is none.
+        If there is no such rule, it does not take an option, or a strength is none.
     """
-    name, _, strengths = rule.partition("=")
-    if name.strip() != "absolute" or not strengths:
-        raise ConfigError(f"--rule {rule!r} is no rule; write a name and strengths, such as absolute=0.15,0.5")
+    described, _, strengths = rule.rpartition("=")
+    name, *options = described.split(":")
+    if name not in RULES:
+        raise ConfigError(
+            f"--rule {rule!r} is no rule; write a name and strengths, such as {DEFAULT_RULES[0]}; "
+            f"names are {', '.join(RULES)}"
+        )
+    more: dict[str, Any] = {}
+    for option in options:
+        key, _, number = option.partition("=")
+        if key not in RULE_OPTIONS or not re.fullmatch(r"[0-9]{1,6}", number):
+            raise ConfigError(
+                f"--rule {rule!r}: {option!r} is no option; write {' or '.join(f'{one}=N' for one in RULE_OPTIONS)}"
+            )
+        more[key] = int(number)
     found = []
-    for strength in strengths.split(","):
+    for text in strengths.split(","):
         try:
-            value = float(strength)
+            strength = float(text)
         except ValueError:
-            raise ConfigError(f"--rule {rule!r}: the strength {strength!r} is no number") from None
-        found.append(RouterConfig(cache_bonus=value, metrics=False))
+            raise ConfigError(f"--rule {rule!r}: the strength {text!r} is no number") from None
+        found.append(RouterConfig(cache_bonus=strength, metrics=False, rule=name, **more))
     return found
 
 
@@ -240,7 +257,7 @@ def _progress() -> Iterator[Callable[[float, int], None]]:
 
     def write(done: float, count: int) -> None:
         nonlocal reported
-        if done / count >= reported + PLAIN_INTERVAL:
+        if done / count >= reported + PLAIN_INTERVAL or reported < 1 == done / count:
             reported = done / count
             note(f"decoding: {int(done)} of {count} settings done, {reported:.0%} of the work")
 
@@ -255,7 +272,9 @@ def rule_of(setting: Setting) -> str:
     if not setting.config.router.memory_aware:
         return NONE
     factors = "" if set(setting.layer_factors) == {1.0} else f" ×{','.join(f'{f:g}' for f in setting.layer_factors)}"
-    return "absolute" + factors
+    router = setting.config.router
+    options = "".join(f":{name}={getattr(router, name)}" for name in RULE_OPTIONS if getattr(router, name))
+    return router.rule + options + factors
 
 
 def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:

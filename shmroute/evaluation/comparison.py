@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.config import RouterConfig
 from shmroute.evaluation.crew import run_all
 from shmroute.evaluation.loop import Run, Setting
 from shmroute.evaluation.worker import Task
@@ -75,8 +74,8 @@ def interval(differences: npt.NDArray[np.float64], seed: int = 0) -> tuple[float
 def unbiased(setting: Setting) -> Setting:
     """The same without a bonus."""
     config = setting.config
-    router = RouterConfig(
-        cache_bonus=0.0, memory_aware=False, renormalize=config.router.renormalize, metrics=config.router.metrics
+    router = dataclasses.replace(
+        config.router, cache_bonus=0.0, memory_aware=False, rule="absolute", top_j=0, max_rank=0
     )
     return Setting(dataclasses.replace(config, router=router), (1.0,) * config.num_layers)
 

@@ -54,6 +54,17 @@ def test_json_for_programs() -> None:
     assert found["results"][0]["perplexity"] == found["results"][2]["perplexity"]
 
 
+def test_every_rule_can_be_evaluated() -> None:
+    rules = ("cache-prior:top_j=1=0.3", "max-rank:max_rank=4=1", "cumulative-threshold=0.9", "probability=0.1")
+    result = evaluate(*SHORT, "--json", *(word for rule in rules for word in ("--rule", rule)))
+    assert result.exit_code == 0, result.stderr
+    plain, *biased = json.loads(result.stdout)["results"]
+    assert [f"{one['rule']}={one['strength']:g}" for one in biased] == list(rules)
+    for one in biased:
+        assert one["changed"] > 0
+        assert one["hit_rate"] > plain["hit_rate"]
+
+
 def test_each_layer_may_have_a_strength_of_its_own() -> None:
     result = evaluate(
         *SHORT, "--rule", "absolute=0.5", "--layer-factors", "0,0,0,0,0,0", "--layer-factors", "0,1,1,1,1,1", "--json"
@@ -84,7 +95,12 @@ def test_budgets_below_one_tokens_cycle_are_warned_about() -> None:
         (("--budgets", "1%"), "holds no expert"),
         (("--budgets", "much"), "'much' is no size"),
         (("--rule", "absolute"), "'absolute' is no rule; write a name and strengths"),
-        (("--rule", "best=1"), "'best=1' is no rule"),
+        (("--rule", "best=1"), "names are absolute, cache-prior, max-rank, cumulative-threshold, probability"),
+        (("--rule", "cache-prior:top=1=0.1"), "'top=1' is no option; write top_j=N or max_rank=N"),
+        (("--rule", "cache-prior:top_j=x=0.1"), "'top_j=x' is no option"),
+        (("--rule", "cache-prior:top_j=3=0.1"), "top_j is 3, but only top_k = 2 experts are chosen"),
+        (("--rule", "probability:top_j=1=0.1"), "the rule 'probability' keeps none of the best"),
+        (("--rule", "max-rank=1"), "the rule 'max-rank' needs one"),
         (("--rule", "absolute=strong"), "the strength 'strong' is no number"),
         (("--rule", "absolute=-1"), "cache_bonus must be a number in [0, 1e+06], not -1.0"),
         (("--rule", "absolute=nan"), "cache_bonus must be a number"),
