@@ -367,6 +367,9 @@ class RuntimeConfig:
         path = "CHECKPOINT" if self.source is None else self.source.arguments.get("path", "CHECKPOINT")
         words = ["shmroute", "pager", str(path), "--name", name, "--budget", str(self.budget_bytes)]
         words += ["--bonus", str(self.router.cache_bonus), "--max-workers", str(self.max_workers)]
+        words += [] if self.router.rule == RouterConfig.rule else ["--rule", self.router.rule]
+        words += ["--top-j", str(self.router.top_j)] if self.router.top_j else []
+        words += ["--max-rank", str(self.router.max_rank)] if self.router.max_rank else []
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
         words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]

@@ -100,6 +100,16 @@ def test_the_command_of_a_pager_names_its_policy_unless_it_is_the_default() -> N
     assert "--eviction lfu" in RuntimeConfig(**PLAIN, pager=PagerConfig(eviction="lfu")).pager_command("n")
 
 
+def test_the_command_of_a_pager_names_its_rule_unless_it_is_the_default() -> None:
+    assert "--rule" not in RuntimeConfig(**PLAIN).pager_command("n")
+    for router, words in (
+        (RouterConfig(rule="max-rank", max_rank=4, top_j=1), "--rule max-rank --top-j 1 --max-rank 4"),
+        (RouterConfig(rule="probability"), "--rule probability --io-threads"),
+    ):
+        config = RuntimeConfig(**PLAIN, router=router)
+        assert words in config.pager_command("n").replace(f"--max-workers {config.max_workers} ", "")
+
+
 def test_the_bonus_is_on_the_logits() -> None:
     with pytest.raises(ConfigError, match="bonus_on must be 'logits', not 'weights'"):
         RouterConfig(bonus_on="weights")

@@ -21,7 +21,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from shmroute.config import RouterConfig
+from shmroute.config import RULES, RouterConfig
 from shmroute.demo.run import Demo, Progress, RunReport, WorkerReport, shortcomings
 from shmroute.errors import ConfigError
 
@@ -41,6 +41,13 @@ def demo(
     ] = None,
     budget: Annotated[str, typer.Option(help="What the slots may hold: a share or a size.")] = "50%",
     bonus: Annotated[float, typer.Option(help="Cache bonus of the second run; the first has none.")] = 0.5,
+    rule: Annotated[str, typer.Option(help=f"What the bonus is the strength of: {', '.join(RULES)}.")] = "absolute",
+    top_j: Annotated[
+        int, typer.Option(help="So many of a token's best experts are kept in any case (not by every rule).")
+    ] = RouterConfig.top_j,
+    max_rank: Annotated[
+        int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
+    ] = RouterConfig.max_rank,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens of each domain.")] = 1_000_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as one JSON object.")] = False,
 ) -> None:
@@ -55,8 +62,8 @@ def demo(
     folder = data or default_folder()
     if not folder.is_dir():
         raise ConfigError(f"no checkpoint at {folder}: run this from a source checkout, or give its folder with --data")
-    RouterConfig(cache_bonus=bonus)  # refused now rather than after the first run
-    show = Demo(folder, budget, tokens)
+    router = RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank)
+    show = Demo(folder, budget, tokens, router)  # refused now, if it does not fit, rather than after the first run
     config = show.config
     # As Ctrl-C does: leave the `with` blocks, which end the workers and remove the cache.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

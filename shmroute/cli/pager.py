@@ -12,7 +12,7 @@ import typer
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
-from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
+from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -46,8 +46,17 @@ def pager(
     ] = False,
     max_workers: Annotated[int, typer.Option(help="Worker processes at once.")] = RuntimeConfig.max_workers,
     bonus: Annotated[
-        float, typer.Option(help="Added to a resident expert's logit when experts are chosen.")
+        float, typer.Option(help="Strength of the rule; by default what is added to a resident expert's logit.")
     ] = RouterConfig.cache_bonus,
+    rule: Annotated[
+        str, typer.Option(help=f"How residency is let into the choice: {', '.join(RULES)}.")
+    ] = RouterConfig.rule,
+    top_j: Annotated[
+        int, typer.Option(help="So many of a token's best experts are kept in any case (not by every rule).")
+    ] = RouterConfig.top_j,
+    max_rank: Annotated[
+        int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
+    ] = RouterConfig.max_rank,
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
@@ -68,7 +77,7 @@ def pager(
     config = RuntimeConfig.from_checkpoint(
         checkpoint,
         budget,
-        router=RouterConfig(cache_bonus=bonus),
+        router=RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank),
         pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
         max_workers=max_workers,
     )

@@ -96,7 +96,8 @@ def stat(
     owner, pager, standby: each pid and state (alive, stopped, dead or none);
 
     workers: lane, pid, state, layer (routed last), waits_for (layer and expert, or null), hit_rate, the counters of
-    a lane, route and wait (count, p50_us, p99_us, p999_us);
+    a lane (lost_mass: the probability that changed choices lost, summed over tokens), route and wait (count, p50_us,
+    p99_us, p999_us);
 
     total: the same counters of all workers that ever were; hit_rate: of these;
 
@@ -256,6 +257,7 @@ def _summary(shot: dict[str, Any]) -> Table:
         f"standby {_process(shot['standby'])}, {live} of {shot['max_workers']} workers",
         "total": f"{total['tokens']} tokens in {total['calls']} calls, hit rate {human_share(shot['hit_rate'])}, "
         f"route p50 {human_duration(route['p50_us'])} p99 {human_duration(route['p99_us'])}, "
+        f"{total['changed']} choices changed for a lost mass of {total['lost_mass']:.3g}, "
         f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors",
         "pager": f"{pager['loads']} loads ({pager['prefetches']} prefetched, {pager['failures']} failed), "
         f"{human_bytes(pager['bytes_read'])} read, p50 {human_duration(load['p50_us'])} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -132,14 +133,17 @@ class Demo:
         As in `RuntimeConfig.from_checkpoint`.
     tokens : int
         At most so many of each domain.
+    router : RouterConfig
+        Its bonus is replaced by each run's.
     """
 
-    def __init__(self, folder: Path, budget: str, tokens: int) -> None:
+    def __init__(self, folder: Path, budget: str, tokens: int, router: RouterConfig) -> None:
         self.folder = folder
+        self._router = router
         self._budget = budget
         self._tokens = tokens
         self.recording = Recording.load(folder)
-        self.config = RuntimeConfig.from_checkpoint(folder, budget)
+        self.config = RuntimeConfig.from_checkpoint(folder, budget, router=router)
 
     def compute_reference(self) -> None:
         """Compute what the model does without a cache; before the first run.
@@ -171,7 +175,8 @@ class Demo:
         DemoError
             If a worker fails.
         """
-        config = RuntimeConfig.from_checkpoint(self.folder, self._budget, router=RouterConfig(cache_bonus=bonus))
+        router = dataclasses.replace(self._router, cache_bonus=bonus)
+        config = RuntimeConfig.from_checkpoint(self.folder, self._budget, router=router)
         domains = self.recording.domains()
         expected = {domain: len(self.recording.positions(domain, self._tokens)) for domain in domains}
         with (

@@ -97,7 +97,7 @@ FOUND: Final = 61  # int32 of `scratch_length`
 # Written by a call.
 STRENGTH: Final = 62  # the bonus word by which it chose, 0 if the cache could change nothing
 SPREAD_USED: Final = 63  # the spread word by which it chose, 0 unless the rule is cache-prior
-LOST_MASS: Final = 64  # probability that changed choices lost, in units of 2^-32
+LOST_MASS: Final = 64  # probability that changed choices lost, in units of 1 / MASS_ONE
 PLAN_WORDS: Final = 65
 
 # Float64 at PARAMETERS.
@@ -106,9 +106,6 @@ MAX_SCORE: Final = 1
 SCALING: Final = 2
 SPREAD_SUM: Final = 3  # of the tokens of a call
 PARAMETER_COUNT: Final = 4
-
-MASS_ONE: Final = 1 << 32
-"""What stands for all of a token's probability in LOST_MASS."""
 
 IDLE: Final = 0
 IN_USE: Final = 1

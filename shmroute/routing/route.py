@@ -22,7 +22,7 @@ from numba import types
 
 from shmroute.routing import plan as p
 from shmroute.routing.codes import SIGMOID
-from shmroute.routing.rules import choose_by_rule, give_spread, take_spread
+from shmroute.routing.rules import choose_by_rule
 from shmroute.routing.scoring import model_weights, softmax_weights
 from shmroute.routing.selection import (
     ID,
@@ -35,6 +35,7 @@ from shmroute.routing.selection import (
     select_top_k,
 )
 from shmroute.routing.shares import lost_by_one, lost_mass
+from shmroute.routing.spread import give_spread, take_spread
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,

@@ -15,13 +15,8 @@ touches the weights, which follow from the model's scores of whatever was chosen
 
 The second to the fourth are those of Skliar et al., *Mixture of Cache-Conditional Experts for Efficient Mobile Device
 Inference* (arXiv 2412.00099). At strength 0, and for a token whose own experts are all resident, each chooses the own
-experts. A strength above 1 is 1 where it says how far M goes, and reaches every expert where it is a probability.
-
-**Spread**: the running mean over a layer's tokens of the largest minus the least choosing score. It is one word per
-layer, shared, so that all workers agree on it; a call reads it once, with its residency snapshot, and routes all of its
-tokens by that value, which it leaves in the plan for a trace. After the last token it adds the spreads that it met, by
-CAS (lock-free; the CAS is the linearization point). A worker that dies before leaves its call out of the mean. Before
-the first token the mean is 0, and the rule raises nobody.
+experts. A strength above 1 is 1 where it says how far M goes, and reaches every expert where it is a probability. The
+spread is a mean over tokens, see `shmroute.routing.spread`.
 
 Softmax scores, one group, no scaling and the absolute rule are not here but in `shmroute.routing.route`, which does
 them with one selection per token; a token here has one for its own experts, and another if they are not all resident.
@@ -47,13 +42,13 @@ from shmroute.routing.selection import (
     select_top_k,
 )
 from shmroute.routing.shares import fill_shares, lost_mass, mass_before
+from shmroute.routing.spread import spread_of
 from shmroute.routing.vectors import (
     WIDTH,
     at_least,
     id_at,
     larger,
     largest,
-    least,
     load_logits,
     logistic,
     narrowed,
@@ -67,16 +62,9 @@ from shmroute.routing.vectors import (
     widened,
     word_at,
 )
-from shmroute.shared.atomic import WORD, cas, f32_array, f64_array, load
+from shmroute.shared.atomic import WORD, f32_array, f64_array
 from shmroute.shared.bits import count_bits
 from shmroute.shared.kernel import inner
-from shmroute.shared.words import (
-    SPREAD_COUNT_MAX,
-    SPREAD_MAX,
-    pack_spread,
-    spread_count,
-    spread_mean,
-)
 
 # ------------------------------------------------------------------ choosing scores
 
@@ -267,33 +255,6 @@ def _apply_rule(words: npt.NDArray[np.int64], row_at: int, scores_at: int, stren
         _admit_resident(words, row_at, scores_at, strength)
 
 
-# ------------------------------------------------------------------ the spread
-
-
-@inner
-def _spread_of(scores_at: int, num_experts: int) -> float:
-    """The largest minus the least choosing score of a token."""
-    most = narrowed(same(-math.inf))
-    lowest = narrowed(same(math.inf))
-    for first in range(0, num_experts, WIDTH):
-        scores = load_logits(scores_at + first * 4, num_experts - first)
-        most = larger(most, scores)
-        lowest = smaller(lowest, replaced(scores, ~at_least(scores, LOWEST), math.inf))
-    return min(largest(widened(most)) - least(widened(lowest)), float(SPREAD_MAX))
-
-
-@inner
-def add_spreads(address: int, total: float, tokens: int) -> None:
-    """Add the spreads of some tokens, whose sum is `total`, to a layer's running mean."""
-    while True:
-        word = load(address)
-        count = spread_count(word)
-        mean = spread_mean(word)
-        mean += (total - tokens * mean) / (count + tokens)
-        if cas(address, word, pack_spread(min(count + tokens, SPREAD_COUNT_MAX), mean)):  # linearization point
-            return
-
-
 # ------------------------------------------------------------------ one token
 
 
@@ -324,7 +285,7 @@ def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, s
     words[p.NOT_FINITE_LOGITS] += num_experts - _count_finite(row_at, num_experts)
     if words[p.RULE] == codes.CACHE_PRIOR:
         parameters = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)
-        parameters[p.SPREAD_SUM] += _spread_of(scores_at, num_experts)
+        parameters[p.SPREAD_SUM] += spread_of(scores_at, num_experts)
     for rank in range(k):
         put_id(chosen_at + rank * ID, id_at(own_at + rank * ID))
     if strength == 0.0 or count_resident(words[p.SNAPSHOT], own_at, k) == k:
@@ -335,21 +296,3 @@ def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, s
         words[p.CHANGED] += replaced_experts
         words[p.LOST_MASS] += lost_mass(words, row_at)
     return choosable
-
-
-@inner
-def take_spread(words: npt.NDArray[np.int64]) -> float:
-    """The spread by which a call routes, 0 if its rule knows none."""
-    words[p.SPREAD_USED] = 0
-    if words[p.RULE] != codes.CACHE_PRIOR:
-        return 0.0
-    f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SPREAD_SUM] = 0.0
-    words[p.SPREAD_USED] = load(words[p.SPREAD])
-    return spread_mean(words[p.SPREAD_USED])
-
-
-@inner
-def give_spread(words: npt.NDArray[np.int64], tokens: int) -> None:
-    """After all tokens of a call were chosen for: add their spreads."""
-    if words[p.RULE] == codes.CACHE_PRIOR:
-        add_spreads(words[p.SPREAD], f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SPREAD_SUM], tokens)

@@ -32,6 +32,7 @@ from shmroute.routing.vectors import (
     widened,
 )
 from shmroute.shared.kernel import inner
+from shmroute.shared.metrics import MASS_ONE
 
 
 @inner
@@ -86,7 +87,7 @@ def lost_mass(words: npt.NDArray[np.int64], row_at: int) -> int:
     """
     all_shares = fill_shares(words, row_at)
     lost = mass_of(words, words[p.OWN]) - mass_of(words, words[p.CHOSEN])
-    return int(max(lost, 0.0) / all_shares * p.MASS_ONE + 0.5)
+    return int(max(lost, 0.0) / all_shares * MASS_ONE + 0.5)
 
 
 @inner
@@ -108,4 +109,4 @@ def lost_by_one(words: npt.NDArray[np.int64], row_at: int, last: int) -> int:
         logits = narrowed(logits_of(row_at, num_experts, chosen_at + first * ID, k - first))
         chosen = plus(chosen, exp_under(logits, peak))
     lost = total(widened(own)) - total(widened(chosen))
-    return int(max(lost, 0.0) / total(widened(everybody)) * p.MASS_ONE + 0.5)
+    return int(max(lost, 0.0) / total(widened(everybody)) * MASS_ONE + 0.5)

@@ -46,7 +46,7 @@ class LaneCounter(IntEnum):
     LOAD_ERRORS = 11  # ExpertLoadError raised
     LOADS = 12  # loads that its requests started; counted by the pager
     EVICTIONS = 13  # evictions that made room for those; counted by the pager
-    LOST_MASS = 14  # probability that changed choices lost, in units of 2^-32
+    LOST_MASS = 14  # probability that changed choices lost, in units of 1 / MASS_ONE
 
 
 class PagerCounter(IntEnum):
@@ -70,6 +70,8 @@ class PagerCounter(IntEnum):
     TICKS = 15  # rounds of the main loop: progress
     QUEUED = 16  # a gauge, not a counter: requests queued now
 
+
+MASS_ONE = 1 << 32  # stands for all of a token's probability
 
 BUCKETS = 304
 LANE_COUNTERS = len(LaneCounter)
@@ -177,7 +179,7 @@ class WorkerMetrics:
         None for the sum.
     pid : int or None
     counters : dict
-        By the lower-case names of `LaneCounter`.
+        By the lower-case names of `LaneCounter`, in its units.
     route, wait : Histogram
         Latency of routing calls; time that leases waited for loads.
     """
@@ -187,6 +189,14 @@ class WorkerMetrics:
     counters: dict[str, int]
     route: Histogram
     wait: Histogram
+
+    @property
+    def lost_mass(self) -> float:
+        """The probability that changed choices lost, summed over all tokens.
+
+        A token's is what the model gave to its own experts, minus what it gave to those that were chosen.
+        """
+        return self.counters["lost_mass"] / MASS_ONE
 
     @property
     def hit_rate(self) -> float | None:
@@ -207,6 +217,7 @@ class WorkerMetrics:
             "lane": self.lane,
             "pid": self.pid,
             **self.counters,
+            "lost_mass": self.lost_mass,
             "hit_rate": self.hit_rate,
             "route": self.route.as_dict(),
             "wait": self.wait.as_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from shmroute.cli.pager import differences
 from shmroute.config import AffinityConfig, RuntimeConfig
 from shmroute.errors import CheckpointError
 from shmroute.pager import process
-from shmroute.shared.segment import segment_path
+from shmroute.shared.segment import attach_segment, segment_path
 
 
 def stat(cli, name):
@@ -40,6 +41,18 @@ def test_serves_a_worker_and_removes_the_segment_at_sigterm(pager, worker, cli, 
     assert "no worker was left; the segment was removed" in first.messages
     assert not segment_path(name).exists()
     assert companions(shot["uuid"]) == []
+
+
+def test_serves_a_segment_of_another_rule_and_adopts_it_by_the_command_that_says_so(pager, name):
+    options = ("--rule", "max-rank", "--top-j", "1", "--max-rank", "5", "--bonus", "1")
+    first = pager(*options)
+    first.says("serving")
+    with contextlib.closing(attach_segment(name)) as segment:
+        router = segment.config.router
+        command = segment.config.pager_command(name)
+    assert (router.rule, router.top_j, router.max_rank, router.cache_bonus) == ("max-rank", 1, 5, 1.0)
+    assert "--rule max-rank --top-j 1 --max-rank 5" in command
+    assert first.stop() == 0
 
 
 def test_serves_on_after_sigterm_until_the_last_worker_leaves(pager, worker, name):
@@ -176,7 +189,14 @@ def test_a_pager_whose_terminal_went_away_serves_on(worker, environment, name):
 
 
 def test_wrong_settings_have_exit_code_2(cli, name):
-    for options in (["--budget", "1B"], ["--budget", "50%", "--io-threads", "0"], ["--budget", "50%", "--bonus", "-1"]):
+    for options in (
+        ["--budget", "1B"],
+        ["--budget", "50%", "--io-threads", "0"],
+        ["--budget", "50%", "--bonus", "-1"],
+        ["--budget", "50%", "--rule", "nonsense"],
+        ["--budget", "50%", "--top-j", "1"],
+        ["--budget", "50%", "--rule", "max-rank", "--max-rank", "9"],
+    ):
         result = cli("pager", str(CHECKPOINT), "--name", name, *options)
         assert (result.exit_code, result.stderr.startswith("shmroute: ConfigError: ")) == (2, True)
     assert cli("pager", str(CHECKPOINT), "--name", "a/b", "--budget", "50%").exit_code == 2

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from runtimes import REPOSITORY, run_python
 
 from shmroute.shared.atomic import COMPILED
 
 PROGRAM = """
-import gc, sys, tracemalloc
+import gc, json, sys, tracemalloc
 import numpy as np
 from numba.core.runtime import rtsys
 from runtimes import small_config, unique_name, Residency
 from shmroute import create
 
-with create(unique_name(), small_config(num_experts=64, top_k=4), progress=None) as runtime:
+from shmroute import RouterConfig
+
+router = RouterConfig(**json.loads(sys.argv[1]))
+with create(unique_name(), small_config(num_experts=64, top_k=4, router=router), progress=None) as runtime:
     Residency(runtime).load(0, 1, 2)
     route_into = runtime.router(0).route_into
     source = np.random.default_rng(0)
@@ -54,7 +60,24 @@ with create(unique_name(), small_config(num_experts=64, top_k=4), progress=None)
 
 
 @pytest.mark.skipif(not COMPILED, reason="interpreted kernels allocate")
-def test_routing_into_given_arrays_allocates_nothing() -> None:
-    done = run_python(PROGRAM, NUMBA_NRT_STATS="1", PYTHONPATH=str(REPOSITORY / "tests"))
+@pytest.mark.parametrize(
+    "router",
+    [
+        {},
+        {"rule": "cache-prior", "top_j": 1, "renormalize": False},
+        {"rule": "max-rank", "max_rank": 30, "cache_bonus": 1.0, "n_group": 4, "topk_group": 2},
+        {
+            "rule": "cumulative-threshold",
+            "scoring": "sigmoid",
+            "n_group": 4,
+            "topk_group": 2,
+            "group_score": "top2-sum",
+        },
+        {"rule": "probability", "routed_scaling_factor": 2.5},
+    ],
+    ids=lambda router: router.get("rule", "absolute"),
+)
+def test_routing_into_given_arrays_allocates_nothing(router: dict[str, Any]) -> None:
+    done = run_python(PROGRAM, json.dumps(router), NUMBA_NRT_STATS="1", PYTHONPATH=str(REPOSITORY / "tests"))
     nothing = "blocks True traced True cells 0\n"
     assert done.stdout == nothing + nothing + "the counter counts True\n"

@@ -72,6 +72,43 @@ def test_weighing_is_the_same_interpreted(values: npt.NDArray[np.float64], count
     assert outs[0] == pytest.approx(np.exp(np.maximum(values, -700)), rel=1e-9, abs=1e-300)
 
 
+def altered(logits: int, scores: int, bits: int, out: int) -> tuple[int, float, float]:
+    """What rules and sigmoid scores are made of."""
+    values, wide = v.load_logits(logits, 16), v.load_scores(scores)
+    v.store_scores(v.widened(v.logistic(values)), out)
+    v.store_scores(v.logistic(wide), out + 128)
+    v.store_scores(v.widened(v.plus(v.replaced(values, bits, 0.1), v.raised(values, ~bits, 0.1))), out + 256)
+    v.store_scores(v.smaller(wide, v.replaced(wide, bits, -1.5)), out + 384)
+    return v.before(values, v.logit_at(logits + 12), 3), v.least(wide), v.largest(v.widened(values))
+
+
+compiled_altered = numba.njit(types.Tuple([types.int64, types.float64, types.float64])(*[types.int64] * 4), _nrt=False)(
+    altered
+)
+
+
+@given(
+    arrays(np.float32, 16, elements=st.floats(width=32)),
+    arrays(np.float64, 16, elements=st.floats(-800, 800)),
+    st.integers(0, 2**16 - 1),
+)
+def test_what_rules_are_made_of_is_the_same_interpreted(
+    logits: npt.NDArray[np.float32], scores: npt.NDArray[np.float64], bits: int
+) -> None:
+    outs = np.zeros((2, 4, 16))
+    results = [
+        call(logits.ctypes.data, scores.ctypes.data, bits, out.ctypes.data)
+        for call, out in zip((altered, compiled_altered), outs, strict=True)
+    ]
+    assert results[0] == results[1]
+    assert outs[0].tobytes() == outs[1].tobytes()
+    finite = np.isfinite(logits)
+    clipped = np.clip(np.where(finite, logits, 0).astype(np.float64), -87, 87)
+    assert outs[0, 0][finite] == pytest.approx(1 / (1 + np.exp(-clipped[finite])), rel=4e-7, abs=1e-37)
+    assert (outs[0, 0][~finite] == -np.inf).all()
+    assert outs[0, 1] == pytest.approx(1 / (1 + np.exp(-np.clip(scores, -700, 700))), rel=1e-9, abs=1e-300)
+
+
 def gathered(logits: int, num_experts: int, ids: int, count: int, out: int) -> None:
     """The logits of some experts."""
     v.store_scores(v.logits_of(logits, num_experts, ids, count), out)

@@ -20,6 +20,7 @@ SUBSET = [
     "shared/test_ring.py",
     "shared/test_words.py",
     "routing/test_choosing.py",
+    "routing/test_rules.py",
     "routing/test_bad_logits.py::test_a_row_with_too_few_finite_logits_refuses_the_whole_batch",
     "routing/test_bad_logits.py::test_an_expert_without_a_finite_logit_is_passed_over_and_counted",
 ]

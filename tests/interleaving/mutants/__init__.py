@@ -9,7 +9,8 @@ from .leases import LEASES
 from .lifecycle import LIFECYCLE
 from .metrics import METRICS
 from .ring import RING
+from .spread import SPREAD
 from .takeover import TAKEOVER
 
-MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE
+MUTANTS = RING + BELL + LEASES + LANES + TAKEOVER + AFFINITY + METRICS + LIFECYCLE + SPREAD
 """Every mutant."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring
+from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, ring, spread
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -18,6 +18,7 @@ WORLDS: dict[str, type[World]] = {
     "affinity-restamped": affinity.AffinityRestamped,
     "affinity-half": affinity.AffinityHalf,
     "affinity-wrapped": affinity.AffinityWrapped,
+    "spread": spread.Spread,
     "leases": leases.Leases,
     "lanes": lanes.Lanes,
     "lanes-reaped": lanes.LanesReaped,
