@@ -7,7 +7,9 @@
 | the reference's rule | what lazy decay saves: every score decays by a CAS at every token (and nothing is counted) |
 | behind a lock | what one lock for all workers would cost, nobody else wanting it |
 | without timing | what the latency histogram costs: two readings of the clock |
-| half / nothing resident | the second selection, and what a miss adds when its request is already queued |
+| half / nothing resident | the bonus, and what a miss adds when its request is already queued |
+
+Then, with half of the experts resident, each rule of the cache beside the absolute bonus, and each scoring of models.
 """
 
 from __future__ import annotations
@@ -27,12 +29,37 @@ from shmroute.bench.measuring import Contestant, Latencies, Loop, contest, conte
 from shmroute.bench.report import Table, table
 from shmroute.bench.routing_peers import PEERS
 from shmroute.bench.stage import ROWS, Bench, logits, routing_runtime, token_rows
+from shmroute.config import RouterConfig
 from shmroute.runtime import Runtime
 
 GEOMETRIES = ((8, 2), (64, 6), (128, 8), (256, 8))
 """(E, k): those of Mixtral, DeepSeek-V2 and OLMoE, Qwen3-MoE, DeepSeek-V3."""
 
 BATCHES = (32, 256)
+
+RULED_BATCH = 256
+
+RULED_EXPERTS = 64
+"""From so many on rules are measured: with fewer there is little for them to choose from."""
+
+RULED: dict[str, Callable[[int, int], RouterConfig]] = {
+    "absolute": lambda experts, k: RouterConfig(),
+    "cache-prior, J = 2": lambda experts, k: RouterConfig(rule="cache-prior", top_j=2),
+    "max-rank, J = 2, M = 2 k": lambda experts, k: RouterConfig(
+        rule="max-rank", top_j=2, max_rank=min(2 * k, experts), cache_bonus=1.0
+    ),
+    "cumulative-threshold, J = 2": lambda experts, k: RouterConfig(
+        rule="cumulative-threshold", top_j=2, cache_bonus=0.6
+    ),
+    "probability": lambda experts, k: RouterConfig(rule="probability", cache_bonus=0.01),
+    "absolute, not renormalised": lambda experts, k: RouterConfig(renormalize=False),
+    "absolute, best 4 of 8 groups": lambda experts, k: RouterConfig(n_group=8, topk_group=4),
+    "absolute, sigmoid": lambda experts, k: RouterConfig(scoring="sigmoid", cache_bonus=0.03),
+    "absolute, sigmoid, best 4 of 8 groups by two": lambda experts, k: RouterConfig(
+        scoring="sigmoid", n_group=8, topk_group=4, group_score="top2-sum", cache_bonus=0.03
+    ),
+}
+"""Rules and scorings for a number of experts and of choices; the first is the subject."""
 
 SUBJECT = "route_into"
 
@@ -44,6 +71,8 @@ def measure(bench: Bench) -> Iterator[Table]:
         yield _latency(bench, experts, top_k)
         for tokens in BATCHES:
             yield _batch(bench, experts, top_k, tokens)
+        if experts >= RULED_EXPERTS:
+            yield _rules(bench, experts, top_k)
 
 
 @contextlib.contextmanager
@@ -175,4 +204,30 @@ def _batch(bench: Bench, experts: int, top_k: int, tokens: int) -> Table:
     return table(
         f"routing/{experts}x{top_k}/batch{tokens}", f"batches of {tokens}, {experts} experts, top-{top_k}",
         "ns per token", contest_anew(partial(_loops, bench, experts, top_k, tokens), bench.scale.rounds),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _ruled_loops(bench: Bench, experts: int, top_k: int) -> Iterator[list[Contestant]]:
+    """One runtime for each entry of `RULED`, half of its experts resident."""
+    rows = [logits(RULED_BATCH, experts, seed) for seed in range(-(-2 * ROWS // RULED_BATCH))]
+    ids, weights = np.zeros((RULED_BATCH, top_k), np.int32), np.zeros((RULED_BATCH, top_k), np.float32)
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for name, make in RULED.items():
+            runtime = stack.enter_context(
+                routing_runtime(experts, top_k, resident=range(0, experts, 2), router=make(experts, top_k))
+            )
+            way = Way(runtime.router(0).route_into, ids, weights)
+            contestants.append(
+                Contestant(name, Loop(way.loop(rows), bench.scale.loop_seconds, len(rows) * RULED_BATCH))
+            )
+        yield contestants
+
+
+def _rules(bench: Bench, experts: int, top_k: int) -> Table:
+    return table(
+        f"routing/{experts}x{top_k}/rules", f"rules and scorings: batches of {RULED_BATCH}, {experts} experts, "
+        f"top-{top_k}", "ns per token", contest_anew(partial(_ruled_loops, bench, experts, top_k), bench.scale.rounds),
+        note="half of the experts resident",
     )  # fmt: skip

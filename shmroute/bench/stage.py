@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -39,12 +40,18 @@ def segment_of(runtime: Runtime) -> Segment:
 
 @contextlib.contextmanager
 def routing_runtime(
-    experts: int, top_k: int, *, layers: int = 1, resident: Iterable[int] | None = None, metrics: bool = True
+    experts: int,
+    top_k: int,
+    *,
+    layers: int = 1,
+    resident: Iterable[int] | None = None,
+    metrics: bool = True,
+    router: RouterConfig | None = None,
 ) -> Iterator[Runtime]:
     """A runtime without a source, for routing alone, with some experts of each layer (all by default) resident."""
     config = RuntimeConfig(
         num_layers=layers, num_experts=experts, top_k=top_k, expert_bytes=64, slots=layers * experts,
-        router=RouterConfig(metrics=metrics),
+        router=dataclasses.replace(router or RouterConfig(), metrics=metrics),
     )  # fmt: skip
     with create(segment_name(), config, progress=None) as runtime:
         chosen = list(range(experts) if resident is None else resident)

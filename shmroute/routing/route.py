@@ -21,12 +21,12 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.routing import plan as p
-from shmroute.routing.codes import SIGMOID
-from shmroute.routing.rules import choose_by_rule
-from shmroute.routing.scoring import model_weights, softmax_weights
+from shmroute.routing.rules import choose_by_rule, model_weights
+from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import (
     ID,
     bit_at,
+    choose_top_k,
     count_after,
     count_before_by_logit,
     count_resident,
@@ -122,73 +122,98 @@ def _account_for_change(words: npt.NDArray[np.int64], row_at: int, last: int, be
     if before == k:
         words[p.LOST_MASS] += lost_by_one(words, row_at, last)
         return 1
-    select_top_k(row_at, words[p.NUM_EXPERTS], words[p.SCORES], words[p.CANDIDATES], own_at, k)
+    choose_top_k(row_at, words[p.NUM_EXPERTS], words[p.SCORES], words[p.CANDIDATES], own_at, k)
     words[p.LOST_MASS] += lost_mass(words, row_at)
     return count_after(row_at, words[p.CHOSEN], k, id_at(own_at + (k - 1) * ID))
 
 
 @inlined
-def _weigh(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> None:
-    """Weights of all tokens' experts."""
+def _take_chosen(words: npt.NDArray[np.int64], experts_at: int, token: int, touched: int) -> int:
+    """Hand out a token's chosen experts and count them; how many experts have been chosen by now."""
+    k, chosen_at = words[p.TOP_K], words[p.CHOSEN]
+    for rank in range(k):
+        expert = id_at(chosen_at + rank * ID)
+        put_id(experts_at + (token * k + rank) * ID, expert)
+        touched = _touch(words[p.TIMES], words[p.TOUCHED], touched, expert)
+    return touched
+
+
+@inner
+def _refuse(words: npt.NDArray[np.int64], token: int, finite: int, touched: int) -> int:
+    """Say which token cannot be routed, and leave no trace of those before it."""
+    words[p.BAD_ROW] = token
+    words[p.BAD_FINITE] = finite
+    _forget_touched(words, touched)
+    return NOT_FINITE
+
+
+@inner
+def _choose_plainly(
+    words: npt.NDArray[np.int64], bonus: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
+) -> int:
+    """Every token by softmax and the absolute rule; NOT_FINITE or 0."""
     num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
-    if words[p.GENERAL] == 1:
-        sigmoid = words[p.SCORING] == SIGMOID
-        scaling = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SCALING]
-        for token in range(tokens):
-            row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
-            model_weights(row_at, num_experts, ids_at, k, sigmoid, renormalize, scaling, weights_at + token * k * 4)
-        return
+    snapshot_at, scores_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CHOSEN]
+    hits = changed = nonfinite = touched = 0
+    for token in range(tokens):
+        row_at = logits_at + token * num_experts * 4
+        if bonus == 0.0:
+            finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
+        else:
+            finite = select_raised(
+                row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k
+            )  # fmt: skip
+        if finite < k:
+            return _refuse(words, token, finite, touched)
+        nonfinite += num_experts - finite
+        if bonus != 0.0:
+            changed += _count_replaced(words, row_at)
+        hits += count_resident(snapshot_at, chosen_at, k)
+        touched = _take_chosen(words, experts_at, token, touched)
+    # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
     for token in range(tokens):
         row_at, ids_at = logits_at + token * num_experts * 4, experts_at + token * k * ID
         softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at + token * k * 4)
+    words[p.HITS], words[p.CHANGED], words[p.NOT_FINITE_LOGITS] = hits, changed, nonfinite
+    words[p.TOUCHED_COUNT] = touched
+    return 0
+
+
+@inner
+def _choose_by_rule(
+    words: npt.NDArray[np.int64], strength: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
+) -> int:
+    """Every token by whatever scoring and rule there is; NOT_FINITE or 0."""
+    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
+    spread = take_spread(words)
+    words[p.CHANGED] = words[p.NOT_FINITE_LOGITS] = 0
+    hits = touched = 0
+    for token in range(tokens):
+        choosable = choose_by_rule(words, logits_at + token * num_experts * 4, strength, spread)
+        if choosable < k:
+            return _refuse(words, token, choosable, touched)
+        hits += count_resident(words[p.SNAPSHOT], words[p.CHOSEN], k)
+        touched = _take_chosen(words, experts_at, token, touched)
+    for token in range(tokens):
+        model_weights(
+            words, logits_at + token * num_experts * 4, experts_at + token * k * ID, weights_at + token * k * 4
+        )  # fmt: skip
+    words[p.HITS], words[p.TOUCHED_COUNT] = hits, touched
+    give_spread(words, tokens)
+    return 0
 
 
 @inner
 def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
-    num_experts, k, general = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.GENERAL] == 1
-    snapshot_at, scores_at, chosen_at = words[p.SNAPSHOT], words[p.SCORES], words[p.CHOSEN]
-    times_at, touched_at = words[p.TIMES], words[p.TOUCHED]
-    resident = _take_snapshot(words[p.RESIDENT], snapshot_at, num_experts)
-    words[p.STRENGTH] = 0
-    if words[p.MEMORY_AWARE] == 1 and 0 < resident < num_experts:  # else it would raise none, or all alike
+    resident = _take_snapshot(words[p.RESIDENT], words[p.SNAPSHOT], words[p.NUM_EXPERTS])
+    words[p.STRENGTH] = words[p.LOST_MASS] = 0
+    if words[p.MEMORY_AWARE] == 1 and 0 < resident < words[p.NUM_EXPERTS]:  # else it would raise none, or all alike
         words[p.STRENGTH] = load(words[p.BONUS])
-    bonus = unpack_bonus(words[p.STRENGTH])
-    spread = take_spread(words)
-    words[p.CHANGED] = words[p.LOST_MASS] = words[p.NOT_FINITE_LOGITS] = 0
-
-    hits = changed = nonfinite = touched = 0
-    for token in range(tokens):
-        row_at = logits_at + token * num_experts * 4
-        if general:
-            finite = choose_by_rule(words, row_at, bonus, spread)
-        elif bonus == 0.0:
-            finite = select_top_k(row_at, num_experts, scores_at, words[p.CANDIDATES], chosen_at, k)
-            nonfinite += num_experts - finite
-        else:
-            finite = select_raised(
-                row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k
-            )  # fmt: skip
-            nonfinite += num_experts - finite
-        if finite < k:
-            words[p.BAD_ROW] = token
-            words[p.BAD_FINITE] = finite
-            _forget_touched(words, touched)
-            return NOT_FINITE
-        if bonus != 0.0 and not general:
-            changed += _count_replaced(words, row_at)
-        hits += count_resident(snapshot_at, chosen_at, k)
-        for rank in range(k):
-            expert = id_at(chosen_at + rank * ID)
-            put_id(experts_at + (token * k + rank) * ID, expert)
-            touched = _touch(times_at, touched_at, touched, expert)
-    # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
-    _weigh(words, logits_at, experts_at, weights_at, tokens)
-    words[p.HITS], words[p.TOUCHED_COUNT] = hits, touched
-    words[p.CHANGED] += changed
-    words[p.NOT_FINITE_LOGITS] += nonfinite
-    give_spread(words, tokens)
-    return 0
+    strength = unpack_bonus(words[p.STRENGTH])
+    if words[p.GENERAL] == 1:
+        return _choose_by_rule(words, strength, logits_at, experts_at, weights_at, tokens)
+    return _choose_plainly(words, strength, logits_at, experts_at, weights_at, tokens)
 
 
 @inner

@@ -31,15 +31,16 @@ import numpy.typing as npt
 
 from shmroute.routing import codes
 from shmroute.routing import plan as p
+from shmroute.routing.scoring import sigmoid_weights, softmax_weights
 from shmroute.routing.selection import (
     ID,
     LOWEST,
     bit_at,
+    choose_top_k,
     count_after,
     count_before_by_logit,
     count_resident,
     select_raised,
-    select_top_k,
 )
 from shmroute.routing.shares import fill_shares, lost_mass, mass_before
 from shmroute.routing.spread import spread_of
@@ -98,7 +99,7 @@ def _leave_out_groups(words: npt.NDArray[np.int64], scores_at: int) -> None:
         put_word(words[p.QUEUED] + group * WORD, 0)  # whether it is admitted; the requests come later
     admitted = min(
         words[p.TOPK_GROUP],
-        select_top_k(
+        choose_top_k(
             words[p.GROUPS], groups, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], words[p.TOPK_GROUP]
         ),
     )
@@ -194,7 +195,7 @@ def _best_resident(words: npt.NDArray[np.int64], scores_at: int, count: int) -> 
         scores = load_logits(scores_at + first * 4, num_experts - first)
         preferred = word_at(preferred_at + (first >> 6) * WORD) >> (first & 63)
         store_logits(replaced(scores, ~preferred, -math.inf), others_at + first * 4)
-    found = select_top_k(others_at, num_experts, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], count)
+    found = choose_top_k(others_at, num_experts, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], count)
     return min(found, count)
 
 
@@ -279,7 +280,7 @@ def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, s
     """
     num_experts, k, own_at, chosen_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.OWN], words[p.CHOSEN]
     scores_at = _choosing_scores(words, row_at)
-    choosable = select_top_k(scores_at, num_experts, words[p.SCORES], words[p.CANDIDATES], own_at, k)
+    choosable = choose_top_k(scores_at, num_experts, words[p.SCORES], words[p.CANDIDATES], own_at, k)
     if choosable < k:
         return choosable
     words[p.NOT_FINITE_LOGITS] += num_experts - _count_finite(row_at, num_experts)
@@ -296,3 +297,18 @@ def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, s
         words[p.CHANGED] += replaced_experts
         words[p.LOST_MASS] += lost_mass(words, row_at)
     return choosable
+
+
+@inner
+def model_weights(words: npt.NDArray[np.int64], row_at: int, ids_at: int, weights_at: int) -> None:
+    """Weights of one token's experts by the model's scoring, float32 [k] at `weights_at`."""
+    num_experts, k, renormalize = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.RENORMALIZE] == 1
+    scaling = f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.SCALING]
+    if words[p.SCORING] == codes.SIGMOID:
+        sigmoid_weights(row_at, num_experts, ids_at, k, renormalize, scaling, weights_at)
+        return
+    softmax_weights(row_at, num_experts, ids_at, k, renormalize, weights_at)
+    if scaling != 1.0:
+        weights = f32_array(weights_at, k)
+        for rank in range(k):
+            weights[rank] = weights[rank] * scaling

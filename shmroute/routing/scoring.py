@@ -7,6 +7,7 @@ import math
 from shmroute.routing.selection import ID
 from shmroute.routing.vectors import (
     WIDTH,
+    Scores,
     divided,
     exp_under,
     id_at,
@@ -111,42 +112,25 @@ def softmax_weights(logits_at: int, num_experts: int, ids_at: int, k: int, renor
     store_weights(divided(shares, divisor), weights_at, k)
 
 
+@inlined
+def _sigmoids_of(logits_at: int, num_experts: int, ids_at: int, count: int) -> Scores:
+    """The sigmoids of the first `count` experts' logits; 0 for an impossible one, and beyond."""
+    shares: Scores = larger(logistic(logits_of(logits_at, num_experts, ids_at, count)), same(0.0))
+    return shares
+
+
 @inner
-def _sigmoid_weights(
+def sigmoid_weights(
     logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, scaling: float, weights_at: int
 ) -> None:
-    """Sigmoid weights of k experts of one token, as in DeepSeek-V3; the addend keeps the divisor from being 0."""
+    """Sigmoid weights of k experts of one token, as in DeepSeek-V3, multiplied by `scaling`; as `softmax_weights`.
+
+    With `renormalize` they sum to `scaling`; what is added to the divisor keeps it from being 0.
+    """
     sums = same(0.0)
-    nothing = same(0.0)
     for first in range(0, k, WIDTH):
-        sums = plus(
-            sums, larger(logistic(logits_of(logits_at, num_experts, ids_at + first * ID, k - first)), nothing)
-        )  # fmt: skip
+        sums = plus(sums, _sigmoids_of(logits_at, num_experts, ids_at + first * ID, k - first))
     divisor = (total(sums) + 1e-20) / scaling if renormalize else 1.0 / scaling
     for first in range(0, k, WIDTH):
-        shares = larger(logistic(logits_of(logits_at, num_experts, ids_at + first * ID, k - first)), nothing)
+        shares = _sigmoids_of(logits_at, num_experts, ids_at + first * ID, k - first)
         store_weights(divided(shares, divisor), weights_at + first * 4, k - first)
-
-
-@inner
-def model_weights(
-    logits_at: int, num_experts: int, ids_at: int, k: int, sigmoid: bool, renormalize: bool, scaling: float,
-    weights_at: int,
-) -> None:  # fmt: skip
-    """Weights of k experts of one token by any scoring; as `softmax_weights`.
-
-    Parameters
-    ----------
-    sigmoid : bool
-        Sigmoids in the place of softmax.
-    scaling : float
-        By which all weights are multiplied at the end.
-    """
-    if sigmoid:
-        _sigmoid_weights(logits_at, num_experts, ids_at, k, renormalize, scaling, weights_at)
-        return
-    softmax_weights(logits_at, num_experts, ids_at, k, renormalize, weights_at)
-    if scaling != 1.0:
-        weights = f32_array(weights_at, k)
-        for rank in range(k):
-            weights[rank] = weights[rank] * scaling

@@ -256,3 +256,9 @@ def select_raised(
             count += 1
     _order(scores_at, ids_at, count, chosen_at, k, True)
     return finite
+
+
+@inner
+def choose_top_k(logits_at: int, num_experts: int, scores_at: int, ids_at: int, chosen_at: int, k: int) -> int:
+    """`select_top_k` as one function for all that call it, not pasted into each: for what not every token needs."""
+    return select_top_k(logits_at, num_experts, scores_at, ids_at, chosen_at, k)

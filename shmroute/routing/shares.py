@@ -6,6 +6,8 @@ logit (without correction bias) for sigmoid scoring; 0 if the logit is not finit
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,15 +24,18 @@ from shmroute.routing.vectors import (
     load_logits,
     logistic,
     logit_at,
-    logits_of,
     narrowed,
     plus,
+    put_word,
     replaced,
     same,
     store_logits,
     total,
     widened,
+    word_at,
 )
+from shmroute.shared.atomic import WORD
+from shmroute.shared.bits import lowest_bit
 from shmroute.shared.kernel import inner
 from shmroute.shared.metrics import MASS_ONE
 
@@ -92,21 +97,28 @@ def lost_mass(words: npt.NDArray[np.int64], row_at: int) -> int:
 
 @inner
 def lost_by_one(words: npt.NDArray[np.int64], row_at: int, last: int) -> int:
-    """`lost_mass` with softmax scores if one expert was replaced: the own ones are those before the chosen `last`.
+    """`lost_mass` with softmax scores when one expert was replaced: the one before the chosen `last`, not chosen.
 
     In one pass, since this comes often.
     """
-    num_experts, k, chosen_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.CHOSEN]
+    num_experts, marks_at = words[p.NUM_EXPERTS], words[p.PREFERRED]
+    for block in range(0, num_experts, 64):
+        put_word(marks_at + (block >> 6) * WORD, 0)
+    for rank in range(words[p.TOP_K]):
+        expert = id_at(words[p.CHOSEN] + rank * ID)
+        mark_at = marks_at + (expert >> 6) * WORD
+        put_word(mark_at, word_at(mark_at) | (1 << (expert & 63)))
     peak, bound = peak_of_row(row_at, num_experts), logit_at(row_at + last * 4)
-    everybody, own, chosen = narrowed(same(0.0)), narrowed(same(0.0)), narrowed(same(0.0))
-    for first in range(0, num_experts, WIDTH):
-        logits = load_logits(row_at + first * 4, num_experts - first)
-        shares = exp_under(logits, peak)
-        everybody = plus(everybody, shares)
-        others = ~before(logits, bound, min(max(last - first, 0), WIDTH))
-        own = plus(own, replaced(shares, others, 0.0))
-    for first in range(0, k, WIDTH):
-        logits = narrowed(logits_of(row_at, num_experts, chosen_at + first * ID, k - first))
-        chosen = plus(chosen, exp_under(logits, peak))
-    lost = total(widened(own)) - total(widened(chosen))
-    return int(max(lost, 0.0) / total(widened(everybody)) * MASS_ONE + 0.5)
+    shares = narrowed(same(0.0))
+    dropped = last
+    for block in range(0, num_experts, 64):
+        earlier = 0
+        for first in range(block, min(block + 64, num_experts), WIDTH):
+            logits = load_logits(row_at + first * 4, num_experts - first)
+            shares = plus(shares, exp_under(logits, peak))
+            earlier |= before(logits, bound, min(max(last - first, 0), WIDTH)) << (first - block)
+        earlier &= ~word_at(marks_at + (block >> 6) * WORD)
+        if earlier != 0:
+            dropped = block + lowest_bit(earlier)
+    lost = math.exp(logit_at(row_at + dropped * 4) - peak) - math.exp(bound - peak)
+    return int(lost / total(widened(shares)) * MASS_ONE + 0.5)

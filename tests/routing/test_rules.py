@@ -27,7 +27,7 @@ from shmroute.shared.layout import BONUS_SPREAD, LINE
 from shmroute.shared.words import SPREAD_COUNT_MAX, pack_spread, spread_count, spread_mean
 
 Logits = npt.NDArray[np.float32]
-EXAMPLES = 150 if COMPILED else 4
+EXAMPLES = 80 if COMPILED else 4
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ compiled_altered = numba.njit(types.Tuple([types.int64, types.float64, types.flo
 
 
 @given(
-    arrays(np.float32, 16, elements=st.floats(width=32)),
+    arrays(np.float32, 16, elements=st.floats(-(2.0**126), 2.0**126, width=32) | st.sampled_from([np.nan, np.inf])),
     arrays(np.float64, 16, elements=st.floats(-800, 800)),
     st.integers(0, 2**16 - 1),
 )
