@@ -133,11 +133,9 @@ def eval_(
     for config in {one.config.slots: one.config for one in settings}.values():
         if (warning := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k)) is not None:
             complain(f"WARNING: {warning}")
-    # As Ctrl-C does: leave the `finally` blocks, which end the workers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load_kernels(report_compilation)  # here, so that the workers find them
     task = Task(str(checkpoint), str(text), window, streams, pools)
-    with _progress() as watch:
+    with _ended_by_sigterm(), _progress() as watch:
         outcomes = compare(task, settings, jobs or os.cpu_count() or 1, watch)
     tokens = int(windows.shape[0] * streams * (window - 1))
     failed = plot is not None and not _drawn(outcomes, tokens, plot)
@@ -238,6 +236,16 @@ def _factors(text: str, layers: int) -> tuple[float, ...]:
 
 
 # ------------------------------------------------------------------ while it runs
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM do as Ctrl-C does: leave the `finally` blocks, which end the workers."""
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def test_a_table_for_people() -> None:
     assert "24 slots (50.0%), lru" in result.stdout
     assert "24 slots (50.0%), expected-next-use" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert "6 of 6 settings done" in result.stderr
 
 
@@ -163,7 +164,8 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
 
 
-def test_ctrl_c_ends_it_and_its_workers() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_it_and_its_workers(number: signal.Signals, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "shmroute", "eval", str(CHECKPOINT), str(TEXT), "--jobs", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -173,9 +175,9 @@ def test_ctrl_c_ends_it_and_its_workers() -> None:
         assert process.poll() is None
     workers = children_of(process.pid)
     assert len(workers) == 2
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
