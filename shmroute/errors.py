@@ -176,3 +176,24 @@ class TraceError(ConfigError):
 
 class RecordingError(ShmrouteError):
     """What is routed cannot be recorded where the settings say."""
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+class TextError(ConfigError):
+    """A text to evaluate on cannot be read, or does not fit the model.
+
+    Attributes
+    ----------
+    path : str
+        The file at fault.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {reason}")
+
+
+class EvaluationError(ShmrouteError):
+    """A run of an evaluation failed."""

@@ -18,6 +18,7 @@ from shmroute.cli.bench import bench
 from shmroute.cli.demo import demo
 from shmroute.cli.destroy import destroy
 from shmroute.cli.doctor import doctor
+from shmroute.cli.eval import eval_
 from shmroute.cli.ls import ls
 from shmroute.cli.output import complain
 from shmroute.cli.pager import pager
@@ -89,6 +90,7 @@ app.command(help=help_of(stat), cls=StatCommand)(stat)
 app.command(help=help_of(ls))(ls)
 app.command(help=help_of(record))(record)
 app.command(help=help_of(replay))(replay)
+app.command("eval", help=help_of(eval_))(eval_)
 app.command(help=help_of(destroy))(destroy)
 app.command(help=help_of(doctor))(doctor)
 app.command(help=help_of(bench))(bench)

@@ -8,7 +8,7 @@ weight. (On another kind of processor the last bits of an exponential may differ
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,9 +117,7 @@ def verify(trace: Trace) -> Verification:
     bitmaps[:, :, : trace.resident.shape[2]] = trace.resident
     for layer in range(layers):
         rows = np.flatnonzero(recorded[:, layer])
-        plan = Plan(
-            cast(Any, tables), layer, 0, powers.ctypes.data, Turns(layers)
-        )  # all that a plan needs of a segment
+        plan = Plan(tables, layer, 0, powers.ctypes.data, Turns(layers))
         again, weighed = np.zeros((len(rows), k), np.int32), np.zeros((len(rows), k), np.float32)
         routed = choose_again(
             plan.address, np.ascontiguousarray(trace.logits[rows, layer]),

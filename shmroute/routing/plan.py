@@ -24,8 +24,8 @@ from shmroute.shared.layout import (
     LINE,
 )
 from shmroute.shared.metrics import LANE_COUNTERS
-from shmroute.shared.segment import Segment
 from shmroute.shared.stopwatch import cycle_scale
+from shmroute.shared.tables import Tables
 
 # Words of a plan.
 STATUS: Final = 0
@@ -159,7 +159,8 @@ class Plan:
 
     Parameters
     ----------
-    segment : Segment
+    segment : Tables
+        A segment, or what stands for one.
     layer, lane : int
     powers : int
         Address of the affinity's power table, which outlives the plan.
@@ -169,7 +170,7 @@ class Plan:
         Address of the worker's memory of what it chose last, which outlives it too; 0 if successors are not learnt.
     """
 
-    def __init__(self, segment: Segment, layer: int, lane: int, powers: int, turns: Turns, trail: int = 0) -> None:
+    def __init__(self, segment: Tables, layer: int, lane: int, powers: int, turns: Turns, trail: int = 0) -> None:
         config, layout, base = segment.config, segment.layout, segment.address
         experts, k = config.num_experts, config.top_k
         self._scratch: list[np.ndarray[Any, Any]] = []

@@ -34,7 +34,7 @@ from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
 
 PACKAGE = Path(__file__).resolve().parent.parent
-KERNEL_PACKAGES = ("shared", "routing", "pager", "recording", "replay")
+KERNEL_PACKAGES = ("shared", "routing", "pager", "recording", "replay", "evaluation")
 """The sub-packages whose files, at any depth, hold kernels, or constants that kernels compile in."""
 
 F = TypeVar("F", bound=Callable[..., Any])

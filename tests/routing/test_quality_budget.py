@@ -15,7 +15,7 @@ from shmroute.config import RouterConfig
 from shmroute.demo.recording import Recording
 from shmroute.errors import ConfigError
 from shmroute.routing import MemoryAwareRouter
-from shmroute.routing.plan import Plan
+from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.quality_budget import MOST, START, period_of
 from shmroute.routing.route import route_batch
 from shmroute.runtime import Runtime
@@ -83,7 +83,7 @@ class Stream:
         self.experts, self.k, self.cap, self.measure, self.scale = experts, k, cap, measure, scale
         attachment = self.runtime._attachment
         self._plans = [
-            Plan(attachment.segment, 0, lane, attachment.powers.ctypes.data) for lane in range(1, workers + 1)
+            Plan(attachment.segment, 0, lane, attachment.powers.ctypes.data, Turns(1)) for lane in range(1, workers + 1)
         ]
 
     @property

@@ -37,11 +37,11 @@ from shmroute.pager.eviction.next_use import (
     tokens_until_use,
 )
 from shmroute.pager.eviction.recency import least_recently_used, least_stale
-from shmroute.pager.eviction.tables import Tables
 from shmroute.shared.affinity import age_of
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load
 from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LINE, USE_AFFINITY, USE_BYTES
+from shmroute.shared.tables import Tables
 from shmroute.shared.words import LOW32, RESIDENT, expert_slot, pack_expert
 
 REFRESHES: Final = 4

@@ -26,7 +26,6 @@ from typing import Final
 
 import numpy as np
 
-from shmroute.pager.eviction.tables import Tables
 from shmroute.pager.eviction.victims import Eviction
 from shmroute.pager.prefetch import names
 from shmroute.pager.prefetch.balance import Balance
@@ -35,6 +34,7 @@ from shmroute.pager.prefetch.record import Prefetched, TrackRecord
 from shmroute.pager.prefetch.spare import SpareBandwidth
 from shmroute.shared.experts import read_word
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
+from shmroute.shared.tables import Tables
 
 LEAST_PRECISION: Final = 0.3
 """Of a predictor that is asked."""

@@ -1,4 +1,4 @@
-"""What an eviction policy reads: the tables of a segment, or private ones of the same layout."""
+"""What routing and eviction need of a segment: the tables in it, or private ones of the same layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shmroute.shared.layout import Layout
 
 
 class Tables(Protocol):
-    """A segment, as far as eviction is concerned; a replay has one of its own memory."""
+    """A segment, as far as its control part goes; a replay has one of its own memory."""
 
     @property
     def config(self) -> RuntimeConfig:
