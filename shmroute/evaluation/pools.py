@@ -26,7 +26,7 @@ from shmroute.routing import plan as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.route import NOT_FINITE, route
 from shmroute.shared.affinity import power_table
-from shmroute.shared.atomic import WORD, fetch_add, i64_array, load
+from shmroute.shared.atomic import WORD, address_of, fetch_add, i64_array, load
 from shmroute.shared.experts import begin_load, evict, publish, write_word
 from shmroute.shared.kernel import inner, kernel, load_kernels
 from shmroute.shared.layout import LANE_SHARD, LINE, RING_HEAD, RING_TAIL
@@ -120,7 +120,7 @@ def step(
             if request == EMPTY:
                 break
             used[pool] = _load_expert(
-                plan, tables[pool], request_expert(request), used[pool], wanted.ctypes.data, row_bytes
+                plan, tables[pool], request_expert(request), used[pool], address_of(wanted), row_bytes
             )
             if used[pool] == NO_SLOT:
                 return NO_SLOT
@@ -198,7 +198,7 @@ class Pools:
         plans = self._plan_addresses[stream, layer]
         code = step(
             plans, self._table_addresses, self._used, self._wanted, self._tables[0].layout.resident_row_bytes,
-            logits.ctypes.data, experts.ctypes.data, weights.ctypes.data,
+            address_of(logits), address_of(experts), address_of(weights),
         )  # fmt: skip
         if code == NOT_FINITE:
             finite = np.isfinite(logits).sum(1)

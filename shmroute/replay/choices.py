@@ -22,7 +22,7 @@ from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
 from shmroute.routing.route import route
 from shmroute.shared.affinity import power_table
-from shmroute.shared.atomic import WORD, i64_array, store
+from shmroute.shared.atomic import WORD, address_of, i64_array, store
 from shmroute.shared.kernel import kernel, load_kernels
 from shmroute.shared.words import pack_bonus
 from shmroute.traces.trace import Trace
@@ -80,8 +80,8 @@ def choose_again(
             store(words[p.RESIDENT] + i * WORD, residency[token, i])
         store(words[p.BONUS], strengths[token])
         code = route(
-            plan, logits.ctypes.data + token * num_experts * 4, experts.ctypes.data + token * k * 4,
-            weights.ctypes.data + token * k * 4, 1,
+            plan, address_of(logits) + token * num_experts * 4, address_of(experts) + token * k * 4,
+            address_of(weights) + token * k * 4, 1,
         )  # fmt: skip
         if code < 0:
             return token

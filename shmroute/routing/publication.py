@@ -45,7 +45,7 @@ from shmroute.shared.affinity import (
     restamp,
 )
 from shmroute.shared.atomic import WORD, cas, f64_array, fetch_add, fetch_line, i64_array, load, store
-from shmroute.shared.kernel import inlined, inner, kernel
+from shmroute.shared.kernel import apart, inlined, inner, kernel
 from shmroute.shared.layout import USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.metrics import LaneCounter
 
@@ -178,7 +178,7 @@ def publish(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
         _publish_pending(words, tokens)
 
 
-@inner
+@apart
 def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     """Publish the tokens that were put off, of which the last `own` are the present call's."""
     tokens = words[p.PENDING_TOKENS]

@@ -41,11 +41,11 @@ from shmroute.routing.selection import (
 from shmroute.routing.shares import lost_by_one, lost_mass
 from shmroute.routing.spread import give_spread, take_spread
 from shmroute.routing.vectors import id_at, put_id, word_at
-from shmroute.shared.atomic import WORD, cas, fetch_add, i64_array, load, store
+from shmroute.shared.atomic import WORD, address_of, cas, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
 from shmroute.shared.experts import QUEUE
-from shmroute.shared.kernel import inlined, inner, kernel
+from shmroute.shared.kernel import apart, inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
@@ -153,7 +153,7 @@ def _choose_plainly(
     return 0
 
 
-@inner
+@apart
 def _choose_by_rule(
     words: npt.NDArray[np.int64], strength: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
 ) -> int:
@@ -192,7 +192,7 @@ def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weigh
     return _choose_plainly(words, strength, logits_at, experts_at, weights_at, tokens)
 
 
-@inner
+@apart
 def _request_missing(words: npt.NDArray[np.int64]) -> int:
     """Request every touched expert that was not resident; how many requests this call queued."""
     num_experts = words[p.NUM_EXPERTS]
@@ -214,7 +214,7 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
     return count
 
 
-@inner
+@apart
 def _spend(words: npt.NDArray[np.int64], tokens: int, misses: int) -> None:
     """Charge the layer's quality budget with what the bonus changed, if it could change anything."""
     resident = 0
@@ -315,7 +315,7 @@ def route_token(
     k = words[p.TOP_K]
     if logits.shape[0] != words[p.NUM_EXPERTS] or experts.shape[0] != k or weights.shape[0] != k:
         return BAD_ARRAY
-    return _route_aligned(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, 1)
+    return _route_aligned(plan, address_of(logits), address_of(experts), address_of(weights), 1)
 
 
 @kernel(types.int64(types.int64, _FLOATS_2D, _INTS_2D, _FLOATS_2D))
@@ -327,4 +327,4 @@ def route_batch(
     k, tokens = words[p.TOP_K], logits.shape[0]
     if logits.shape[1] != words[p.NUM_EXPERTS] or experts.shape != (tokens, k) or weights.shape != (tokens, k):
         return BAD_ARRAY
-    return _route_aligned(plan, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, tokens)
+    return _route_aligned(plan, address_of(logits), address_of(experts), address_of(weights), tokens)

@@ -351,9 +351,15 @@ def f32_array(address: int, count: int) -> npt.NDArray[np.float32]:
     return _array(address, count, ctypes.c_float, np.float32)
 
 
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Where an array's first element is, signed as all words are: Numba has it unsigned."""
+    return int(array.ctypes.data)
+
+
 # ------------------------------------------------------------------ which body where
 
 # In compiled code a call to the function on the left is the intrinsic on the right.
+overload(address_of)(lambda array: lambda array: np.int64(array.ctypes.data))
 overload(signed)(lambda value: lambda value: value)
 overload(load)(lambda address: lambda address: _load(address))
 overload(store)(lambda address, value: lambda address, value: _store(address, value))
