@@ -141,7 +141,7 @@ def apart(function: F) -> F:
     dispatcher = numba.njit(nogil=True, _nrt=False)(function)
     callee = types.Dispatcher(dispatcher)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def call(typingctx: Any, packed: Any) -> Any:
         inside = typingctx.resolve_function_type(callee, tuple(packed), {})
 

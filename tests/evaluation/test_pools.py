@@ -13,7 +13,8 @@ from shmroute.errors import NonFiniteLogitsError
 from shmroute.evaluation.loop import steps
 from shmroute.evaluation.pools import Pools
 from shmroute.replay.accesses import accesses_of
-from shmroute.replay.serving import hits_of
+from shmroute.replay.prefetching import nothing
+from shmroute.replay.serving import serve_accesses
 from shmroute.shared.metrics import LaneCounter
 from shmroute.traces import Trace
 
@@ -54,7 +55,9 @@ def test_without_a_bonus_a_pool_hits_what_a_replay_of_its_choices_hits(policy: s
     sequences = np.repeat(np.arange(STREAMS), TOKENS)
     trace = Trace("made", "made", chosen[0].reshape(-1, LAYERS, 2), EXPERTS, seq_id=sequences)
     counts = pools.counts().sum((0, 1))
-    assert counts[LaneCounter.HITS] == hits_of(accesses_of(trace, STREAMS), 12, policy).sum()
+    accesses = accesses_of(trace, STREAMS)
+    served = serve_accesses(accesses, 12, policy, nothing(accesses))
+    assert counts[LaneCounter.HITS] == served.hits.sum()
     assert counts[LaneCounter.HITS] + counts[LaneCounter.MISSES] == chosen.size
     assert counts[LaneCounter.LOADS] == counts[LaneCounter.MISSES]
     assert counts[LaneCounter.EVICTIONS] == counts[LaneCounter.LOADS] - 12
