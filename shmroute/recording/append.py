@@ -70,7 +70,9 @@ def reserve(recorder: int, count: int) -> int:
 
 
 @inner
-def begin_record(recorder: int, number: int, kind: int, layer: int, rows: int, moment: int, detail: int) -> int:
+def begin_record(
+    recorder: int, number: int, kind: int, layer: int, rows: int, moment: int, detail: int, spread: int
+) -> int:
     """Write the words that all records have, but for the last, COMMIT; where the record is."""
     words = i64_array(recorder, CHUNK_TABLE)
     chunk = load(recorder + (CHUNK_TABLE + ((number >> CHUNK_BITS) & (TABLE_CHUNKS - 1))) * WORD)
@@ -82,13 +84,14 @@ def begin_record(recorder: int, number: int, kind: int, layer: int, rows: int, m
     record[r.DROPPED] = load(words[HEADER] + r.HEADER_DROPPED * WORD)
     record[r.MOMENT] = moment
     record[r.DETAIL] = detail
+    record[r.SPREAD] = spread
     return at
 
 
 @apart
 def append_route(
-    recorder: int, layer: int, start: int, strength: int, snapshot_at: int, logits_at: int, experts_at: int,
-    weights_at: int, tokens: int,
+    recorder: int, layer: int, start: int, strength: int, spread: int, snapshot_at: int, logits_at: int,
+    experts_at: int, weights_at: int, tokens: int,
 ) -> None:  # fmt: skip
     """Record a routing call, after its choice and its ticks.
 
@@ -97,8 +100,8 @@ def append_route(
     recorder, layer : int
     start : int
         The layer's clock at the first token.
-    strength : int
-        The bonus word by which it chose.
+    strength, spread : int
+        The bonus word and the spread word by which it chose.
     snapshot_at, logits_at, experts_at, weights_at : int
         Addresses of int64 [⌈E/64⌉], float32 [tokens, E], int32 [tokens, k] and float32 [tokens, k].
     """
@@ -110,7 +113,7 @@ def append_route(
     first, granted = reserved >> COUNT_BITS, reserved & ((1 << COUNT_BITS) - 1)
     for row in range(granted):
         at = begin_record(
-            recorder, first + row, r.ROUTE, layer, row | (tokens << r.ROWS_SHIFT), start + row, strength
+            recorder, first + row, r.ROUTE, layer, row | (tokens << r.ROWS_SHIFT), start + row, strength, spread
         )  # fmt: skip
         copied = i64_array(at + r.FIXED_WORDS * WORD, snapshot_words)
         for i in range(snapshot_words):
@@ -138,5 +141,5 @@ def append_wait(recorder: int, layer: int, expert: int, ns: int) -> None:
     if reserved & 1 == 0:
         return
     number = reserved >> COUNT_BITS
-    at = begin_record(recorder, number, r.WAIT, layer, 0, ns, expert)
+    at = begin_record(recorder, number, r.WAIT, layer, 0, ns, expert, 0)
     store(at + r.COMMIT * WORD, number + 1)

@@ -13,6 +13,7 @@ A record is one token in one layer (ROUTE), or one lease that waited for a load 
 | DROPPED | records of this file that had found no room by then | likewise |
 | MOMENT | the layer's clock as this token was routed | ns that it waited |
 | DETAIL | the bonus word in force; 0: none, or nothing that it could change | the expert |
+| SPREAD | the layer's spread word (`shmroute.routing.spread`); 0 unless the rule is cache-prior | 0 |
 | residency, int64 [⌈E/64⌉] | the snapshot that the call consulted | |
 | ids, int32 [k]; weights, float32 [k] | the choice, best first | |
 | logits, float32 [E] | if the header's flag says so | |
@@ -60,7 +61,8 @@ THREAD: Final = 3
 DROPPED: Final = 4
 MOMENT: Final = 5
 DETAIL: Final = 6
-FIXED_WORDS: Final = 7
+SPREAD: Final = 7
+FIXED_WORDS: Final = 8
 
 LAYER_SHIFT: Final = 8
 KIND_MASK: Final = (1 << LAYER_SHIFT) - 1
@@ -105,7 +107,8 @@ class RecordLayout:
     @property
     def dtype(self) -> np.dtype[np.void]:
         """A record as NumPy reads it."""
-        names = ["commit", "place", "rows", "thread", "dropped", "moment", "detail", "snapshot", "ids", "weights"]
+        names = ["commit", "place", "rows", "thread", "dropped", "moment", "detail", "spread"]
+        names += ["snapshot", "ids", "weights"]
         formats: list[tuple[str, tuple[int, ...]]] = [("<i8", ())] * FIXED_WORDS
         formats += [("<i8", (self.snapshot_words,)), ("<i4", (self.top_k,)), ("<f4", (self.top_k,))]
         offsets = [i * WORD for i in range(FIXED_WORDS + 1)] + [self.ids, self.ids + 4 * self.top_k]

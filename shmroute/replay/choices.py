@@ -7,6 +7,7 @@ weight. (On another kind of processor the last bits of an exponential may differ
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from shmroute.routing.route import route
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, address_of, i64_array, store
 from shmroute.shared.kernel import kernel, load_kernels
-from shmroute.shared.words import pack_bonus
+from shmroute.shared.words import pack_bonus, pack_spread
 from shmroute.traces.trace import Trace
 
 _WORDS_2D, _WORDS_1D = types.int64[:, ::1], types.int64[::1]
@@ -63,22 +64,24 @@ class Verification:
         return asdict(self) | {"exact": self.exact}
 
 
-@kernel(types.int64(types.int64, _FLOATS, _WORDS_2D, _WORDS_1D, _IDS, _FLOATS))
+@kernel(types.int64(types.int64, _FLOATS, _WORDS_2D, _WORDS_1D, _WORDS_1D, _IDS, _FLOATS))
 def choose_again(
     plan: int,
     logits: npt.NDArray[np.float32],
     residency: npt.NDArray[np.int64],
     strengths: npt.NDArray[np.int64],
+    spreads: npt.NDArray[np.int64],
     experts: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
 ) -> int:
-    """Route tokens one by one, each with its own residency [T, ⌈E/64⌉] and bonus word [T]; how many were routed."""
+    """Route tokens one by one, each with its residency [T, ⌈E/64⌉], bonus word and spread word [T]; how many were."""
     words = i64_array(plan, p.PLAN_WORDS)
     num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
     for token in range(len(logits)):
         for i in range(residency.shape[1]):
             store(words[p.RESIDENT] + i * WORD, residency[token, i])
         store(words[p.BONUS], strengths[token])
+        store(words[p.SPREAD], spreads[token])
         code = route(
             plan, address_of(logits) + token * num_experts * 4, address_of(experts) + token * k * 4,
             address_of(weights) + token * k * 4, 1,
@@ -96,9 +99,10 @@ def verify(trace: Trace) -> Verification:
     TraceError
         If the trace lacks what the choices depended on.
     """
-    if trace.resident is None or trace.strength is None or trace.weights is None:
+    if trace.resident is None or trace.strength is None or trace.spread is None or trace.weights is None:
         raise TraceError(
-            trace.path, "it cannot be verified: it has no residency, bonus and weights, as what shmroute recorded has"
+            trace.path,
+            "it cannot be verified: it has no residency, bonus, spread and weights, as what shmroute recorded has",
         )
     if trace.logits is None:
         raise TraceError(
@@ -123,6 +127,7 @@ def verify(trace: Trace) -> Verification:
             plan.address, np.ascontiguousarray(trace.logits[rows, layer]),
             np.ascontiguousarray(bitmaps[rows, layer]).view(np.int64).reshape(len(rows), words),
             np.array([pack_bonus(value) for value in trace.strength[rows, layer].tolist()], np.int64),
+            np.array([pack_spread(1, value) for value in trace.spread[rows, layer].tolist()], np.int64),
             again, weighed,
         )  # fmt: skip
         publish_and_leave(plan.address, p.CLOSED)
@@ -153,6 +158,11 @@ def _config(trace: Trace) -> RuntimeConfig:
         router = RouterConfig(**trace.meta["router"])
     except (KeyError, TypeError, ValueError) as error:
         raise TraceError(trace.path, f"its 'meta' has no router's settings: {error!r}") from error
+    if router.scoring == "sigmoid":
+        raise TraceError(
+            trace.path, "it cannot be verified: sigmoid scores are chosen by with a correction bias, which no trace has"
+        )
+    router = dataclasses.replace(router, quality_budget=None)  # each choice has the bonus that the budget then allowed
     return RuntimeConfig(
         trace.num_layers, trace.num_experts, trace.top_k, expert_bytes=1, slots=1, max_workers=1, router=router
     )

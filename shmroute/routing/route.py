@@ -285,8 +285,8 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
             code = _record(words, experts_at, tokens)
             if words[p.TRACE] != 0:
                 append_route(
-                    words[p.TRACE], words[p.LAYER], words[p.START], words[p.STRENGTH], words[p.SNAPSHOT], logits_at,
-                    experts_at, weights_at, tokens,
+                    words[p.TRACE], words[p.LAYER], words[p.START], words[p.STRENGTH], words[p.SPREAD_USED],
+                    words[p.SNAPSHOT], logits_at, experts_at, weights_at, tokens,
                 )  # fmt: skip
             if timed:
                 record_duration(words[p.HISTOGRAM], nanoseconds(reading(scale) - began, scale))

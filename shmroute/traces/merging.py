@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from shmroute.errors import TraceError
 from shmroute.recording import records as r
-from shmroute.shared.words import BONUS_ONE
+from shmroute.shared.words import BONUS_ONE, spread_mean
 from shmroute.traces.recorded_files import RecordedFile, read_run
 from shmroute.traces.trace import NOT_RECORDED, Trace
 
@@ -34,6 +34,7 @@ class _Stream:
     resident: npt.NDArray[np.uint8]
     tick: npt.NDArray[np.int64]
     strength: npt.NDArray[np.float64]
+    spread: npt.NDArray[np.float64]
     stall_ns: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32] | None
 
@@ -96,7 +97,7 @@ def merge_files(folder: Path, files: list[RecordedFile]) -> Trace:
         None if streams[0].logits is None else joined("logits"),
         np.repeat(np.arange(len(streams)), lengths)[order], meta,
         resident=joined("resident"), lane=np.repeat([stream.lane for stream in streams], lengths)[order],
-        tick=joined("tick"), strength=joined("strength"), stall_ns=joined("stall_ns"),
+        tick=joined("tick"), strength=joined("strength"), spread=joined("spread"), stall_ns=joined("stall_ns"),
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def _stream(file: RecordedFile, routes: npt.NDArray[Any], waits: npt.NDArray[Any
     tokens, token = np.unique((np.cumsum(begins & cut) << r.ROWS_SHIFT) | row, return_inverse=True)
     shape = (len(tokens), config.num_layers)
 
-    def spread(values: npt.NDArray[Any], nothing: Any) -> Any:
+    def placed(values: npt.NDArray[Any], nothing: Any) -> Any:
         array = np.full(shape + values.shape[1:], nothing, values.dtype)
         array[token, layer] = values
         return array
@@ -121,13 +122,14 @@ def _stream(file: RecordedFile, routes: npt.NDArray[Any], waits: npt.NDArray[Any
     bitmap = np.ascontiguousarray(routes["snapshot"]).view(np.uint8).reshape(count, -1)
     stream = _Stream(
         lane=file.lane,
-        ids=spread(routes["ids"], NOT_RECORDED),
-        weights=spread(routes["weights"], 0),
-        resident=spread(bitmap[:, : -(-config.num_experts // 8)], 0),
-        tick=spread(routes["moment"], NOT_RECORDED),
-        strength=spread(routes["detail"] / BONUS_ONE, 0),
+        ids=placed(routes["ids"], NOT_RECORDED),
+        weights=placed(routes["weights"], 0),
+        resident=placed(bitmap[:, : -(-config.num_experts // 8)], 0),
+        tick=placed(routes["moment"], NOT_RECORDED),
+        strength=placed(routes["detail"] / BONUS_ONE, 0),
+        spread=placed(np.array([spread_mean(word) for word in routes["spread"].tolist()]), 0),
         stall_ns=np.zeros(shape, np.int64),
-        logits=spread(routes["logits"], np.nan) if "logits" in (routes.dtype.names or ()) else None,
+        logits=placed(routes["logits"], np.nan) if "logits" in (routes.dtype.names or ()) else None,
     )
     starts = np.flatnonzero(begins)
     calls = [

@@ -16,6 +16,7 @@ What shmroute recorded itself (`shmroute.recording`) also has
 | ``lane`` | integer [tokens] | the worker lane that routed it |
 | ``tick`` | integer [tokens, layers] | the layer's clock: a tick for each token of any worker; -1 where not recorded |
 | ``strength`` | float64 [tokens, layers] | the cache bonus by which it was chosen; 0 where it could change nothing |
+| ``spread`` | float64 [tokens, layers] | the spread by which it was chosen; 0 unless the rule is cache-prior |
 | ``stall_ns`` | integer [tokens, layers] | ns waited for what it chose; of a batch, the first token that chose it |
 
 and in ``meta``: ``run``, ``checkpoint``, ``layer_numbers``, ``expert_bytes``, ``slots``, ``router`` (the settings),

@@ -16,7 +16,7 @@ NOT_RECORDED = -1
 """The id of a choice that the recorder missed."""
 
 
-PER_TOKEN = ("ids", "weights", "logits", "seq_id", "resident", "lane", "tick", "strength", "stall_ns")
+PER_TOKEN = ("ids", "weights", "logits", "seq_id", "resident", "lane", "tick", "strength", "spread", "stall_ns")
 """The arrays of a trace; of each, the first axis is the tokens."""
 
 
@@ -50,6 +50,8 @@ class Trace:
         int64 [tokens, layers]: the layer's clock as the token was routed, -1 where not recorded.
     strength : ndarray or None
         float64 [tokens, layers]: the cache bonus in force.
+    spread : ndarray or None
+        float64 [tokens, layers]: the layer's spread in force (`shmroute.routing.spread`); 0 but for cache-prior.
     stall_ns : ndarray or None
         int64 [tokens, layers]: nanoseconds that leases waited for what the token had chosen; of a batch, the first
         token that had.
@@ -72,6 +74,7 @@ class Trace:
     lane: npt.NDArray[np.int64] | None = None
     tick: npt.NDArray[np.int64] | None = None
     strength: npt.NDArray[np.float64] | None = None
+    spread: npt.NDArray[np.float64] | None = None
     stall_ns: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class Trace:
             ("lane", "iu", (tokens,), np.int64),
             ("tick", "iu", (tokens, layers), np.int64),
             ("strength", "f", (tokens, layers), np.float64),
+            ("spread", "f", (tokens, layers), np.float64),
             ("stall_ns", "iu", (tokens, layers), np.int64),
         ):
             given = getattr(self, name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtimes import REPOSITORY, unique_name
+from runtimes import REPOSITORY, Residency, unique_name
 from typer.testing import CliRunner, Result
 
 from shmroute.cli import app
@@ -93,6 +93,49 @@ def test_every_choice_of_a_biased_run_is_chosen_again_exactly(run: Run) -> None:
     assert found.choices == run.counters["recorded"]
     assert run.counters["unrecorded"] == 0
     assert run.counters["changed"] > 0, "the bonus changed nothing, so this shows little"
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(rule="cache-prior", cache_bonus=0.4, top_j=1),
+        RouterConfig(rule="max-rank", cache_bonus=1.0, top_j=1, max_rank=5),
+        RouterConfig(rule="cumulative-threshold", cache_bonus=0.7, top_j=1),
+        RouterConfig(rule="probability", cache_bonus=0.1, renormalize=False),
+        RouterConfig(cache_bonus=0.5, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+        RouterConfig(cache_bonus=0.5, quality_budget=0.01),
+    ],
+    ids=lambda router: f"{router.rule} {router.n_group} {router.quality_budget}",
+)
+def test_every_rule_is_chosen_by_again_exactly(router: RouterConfig, tmp_path: Path) -> None:
+    config = RuntimeConfig(
+        2, 16, 3, expert_bytes=8, slots=16, max_workers=2, router=router,
+        trace=TraceConfig(str(tmp_path), logits=True),
+    )  # fmt: skip
+    random = np.random.default_rng(1)
+    with create(unique_name(), config, progress=None) as runtime:
+        residency = Residency(runtime)
+        for layer in range(2):
+            residency.load(layer, *range(layer, 16, 2))
+        for tokens in (1, 7, 40, 1, 300):
+            for layer in range(2):
+                runtime.router(layer).route(random.standard_normal((tokens, 16)).astype(np.float32))
+        changed = runtime.metrics().total.counters["changed"]
+    trace = merge(tmp_path)
+    found = verify(trace)
+    assert found.exact, found.first
+    assert found.choices == 2 * 349
+    assert changed > 0
+    if router.rule == "cache-prior":
+        assert trace.spread is not None
+        assert len(np.unique(trace.spread[:, 0])) == 5  # one for each call: the first knew none
+        assert not verify(dataclasses.replace(trace, spread=trace.spread * 0)).exact
+
+
+def test_sigmoid_scores_are_refused_since_their_bias_is_not_recorded(run: Run) -> None:
+    router = run.trace.meta["router"] | {"scoring": "sigmoid"}
+    with pytest.raises(TraceError, match="correction bias"):
+        verify(dataclasses.replace(run.trace, meta=run.trace.meta | {"router": router}))
 
 
 def test_the_killed_worker_left_all_but_its_last_calls(run: Run) -> None:
@@ -175,7 +218,7 @@ def test_a_difference_is_found_and_told(run: Run, tmp_path: Path, what: str) -> 
 
 @pytest.mark.parametrize(
     ("without", "complaint"),
-    [("logits", "recorded without logits"), ("resident", "no residency"), ("strength", "bonus")],
+    [("logits", "recorded without logits"), ("resident", "no residency"), ("strength", "bonus"), ("spread", "spread")],
 )
 def test_a_trace_that_lacks_what_choices_depend_on_is_refused(run: Run, without: str, complaint: str) -> None:
     with pytest.raises(TraceError, match=complaint):

@@ -60,8 +60,8 @@ class Recording(World):
 
     def _write(self, number: int) -> None:
         append_route(
-            self._recorder, number, 100 * number, 7, SNAPSHOT.ctypes.data, LOGITS.ctypes.data, EXPERT_IDS.ctypes.data,
-            WEIGHTS.ctypes.data, 2,
+            self._recorder, number, 100 * number, 7, 9, SNAPSHOT.ctypes.data, LOGITS.ctypes.data,
+            EXPERT_IDS.ctypes.data, WEIGHTS.ctypes.data, 2,
         )  # fmt: skip
         if number == 0:
             append_wait(self._recorder, 3, 1, 55)
@@ -87,7 +87,8 @@ class Recording(World):
                 whole = (
                     kind == r.ROUTE
                     and int(record["rows"]) >> r.ROWS_SHIFT == 2
-                    and (int(record["moment"]), int(record["detail"])) == (100 * layer + row, 7)
+                    and (int(record["moment"]), int(record["detail"]), int(record["spread"]))
+                    == (100 * layer + row, 7, 9)
                     and record["snapshot"].tolist() == SNAPSHOT.tolist()
                     and record["ids"].tolist() == EXPERT_IDS[TOP_K * row : TOP_K * (row + 1)].tolist()
                     and record["weights"].tolist() == WEIGHTS[TOP_K * row : TOP_K * (row + 1)].tolist()
