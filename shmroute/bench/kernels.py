@@ -16,14 +16,14 @@ import numba
 import numpy as np
 from numba import types
 
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import compose_maps, count_touched, forget_touched, publish_batch
 from shmroute.routing.route import _choose
 from shmroute.routing.scoring import softmax_weights
 from shmroute.runtime import Runtime
 from shmroute.shared.affinity import current_score
-from shmroute.shared.atomic import WORD, cas, f32_array, i32_array, i64_array, load, store
+from shmroute.shared.atomic import WORD, address_of, cas, f32_array, i32_array, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.kernel import _StampedCache, inner, signals_held
 from shmroute.shared.layout import USE_AFFINITY, USE_BYTES
@@ -101,7 +101,7 @@ class PrivatePlan:
 def _select(plan: int, logits: Any, experts: Any, weights: Any, tokens: int) -> int:
     """Choice and weights of every token, by the first pass of `shmroute.routing.route`: it records nothing."""
     words = i64_array(plan, p.PLAN_WORDS)
-    return _choose(words, logits.ctypes.data, experts.ctypes.data, weights.ctypes.data, tokens)
+    return _choose(words, plan, address_of(logits), address_of(experts), address_of(weights), tokens)
 
 
 @inner

@@ -39,7 +39,7 @@ from shmroute.bench.partners import Partner, crew, held, let_go
 from shmroute.bench.report import HIGHER, LOWER, NEITHER, Figure, Table, exact, summary_figure
 from shmroute.bench.stage import Bench, logits, routing_runtime
 from shmroute.errors import ShmrouteError
-from shmroute.routing.plan import SHARED, TOKENS_PUT_OFF
+from shmroute.routing.plan_words import SHARED, TOKENS_PUT_OFF
 
 CORES = (1, 2, 4, 8, 16, 32, 64)
 LARGE = Machine("two sockets of 32 cores", 8, 32, 23.0, 107.0, 197.0)

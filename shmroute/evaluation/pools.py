@@ -22,9 +22,10 @@ from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.victims import Eviction, admit, find_victim
 from shmroute.replay.memory import PrivateTables
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
+from shmroute.routing.codes import NOT_FINITE
 from shmroute.routing.plan import Plan, Turns
-from shmroute.routing.route import NOT_FINITE, route
+from shmroute.routing.route import route
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, address_of, fetch_add, i64_array, load
 from shmroute.shared.experts import begin_load, evict, publish, write_word

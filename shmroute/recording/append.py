@@ -25,7 +25,7 @@ from numba import types
 from shmroute.recording import records as r
 from shmroute.recording.system import thread_id
 from shmroute.shared.atomic import WORD, cas, f32_array, fetch_add, i32_array, i64_array, load, store
-from shmroute.shared.kernel import apart, inner, kernel
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.metrics import LaneCounter
 
 # Words of a recorder.
@@ -88,7 +88,7 @@ def begin_record(
     return at
 
 
-@apart
+@inner
 def append_route(
     recorder: int, layer: int, start: int, strength: int, spread: int, snapshot_at: int, logits_at: int,
     experts_at: int, weights_at: int, tokens: int,

@@ -18,7 +18,7 @@ from numba import types
 from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.errors import TraceError
 from shmroute.replay.memory import PrivateTables
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
 from shmroute.routing.route import route

@@ -27,9 +27,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
+from shmroute.routing.codes import BAD_ARRAY, RING_BELL
 from shmroute.routing.plan import Plan
-from shmroute.routing.route import BAD_ARRAY, RING_BELL, route
+from shmroute.routing.route import route
 from shmroute.routing.vectors import id_at, word_at
 from shmroute.shared.atomic import COMPILED, WORD
 from shmroute.shared.kernel import c_function, inlined, kernel

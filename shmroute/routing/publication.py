@@ -33,7 +33,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
+from shmroute.routing.codes import NOT_FINITE
 from shmroute.routing.vectors import id_at, put_id, put_score, put_word, score_at, word_at
 from shmroute.shared.affinity import (
     NO_CLAMP,
@@ -45,7 +46,7 @@ from shmroute.shared.affinity import (
     restamp,
 )
 from shmroute.shared.atomic import WORD, cas, f64_array, fetch_add, fetch_line, i64_array, load, store
-from shmroute.shared.kernel import apart, inlined, inner, kernel
+from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.layout import USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.metrics import LaneCounter
 
@@ -66,6 +67,26 @@ def forget_touched(words: npt.NDArray[np.int64], count: int) -> None:
     """Leave no expert counted."""
     for i in range(count):
         put_word(words[p.TIMES] + word_at(words[p.TOUCHED] + i * WORD) * WORD, 0)
+
+
+@inlined
+def take_chosen(words: npt.NDArray[np.int64], experts_at: int, token: int, touched: int) -> int:
+    """Hand out a token's chosen experts and count them; how many experts have been chosen by now."""
+    k, chosen_at = words[p.TOP_K], words[p.CHOSEN]
+    for rank in range(k):
+        expert = id_at(chosen_at + rank * ID)
+        put_id(experts_at + (token * k + rank) * ID, expert)
+        touched = touch(words[p.TIMES], words[p.TOUCHED], touched, expert)
+    return touched
+
+
+@inner
+def refuse(words: npt.NDArray[np.int64], token: int, finite: int, touched: int) -> int:
+    """Say which token cannot be routed, and leave no trace of those before it."""
+    words[p.BAD_ROW] = token
+    words[p.BAD_FINITE] = finite
+    forget_touched(words, touched)
+    return NOT_FINITE
 
 
 @inner
@@ -178,7 +199,7 @@ def publish(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> None:
         _publish_pending(words, tokens)
 
 
-@apart
+@inner
 def _publish_pending(words: npt.NDArray[np.int64], own: int) -> None:
     """Publish the tokens that were put off, of which the last `own` are the present call's."""
     tokens = words[p.PENDING_TOKENS]

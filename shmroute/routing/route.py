@@ -15,17 +15,16 @@ worker that dies in it leaves some of its batch recorded.
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import numpy.typing as npt
 from numba import types
 
 from shmroute.recording.append import append_route
-from shmroute.routing import plan as p
-from shmroute.routing.publication import fetch_lines, forget_touched, publish, take_turn, touch
+from shmroute.routing import plan_words as p
+from shmroute.routing.codes import BAD_ARRAY, BUSY, REFUSED, RING_BELL
+from shmroute.routing.general import choose_generally_at
+from shmroute.routing.publication import fetch_lines, publish, refuse, take_chosen, take_turn
 from shmroute.routing.quality_budget import BY_MASS, observe
-from shmroute.routing.rules import choose_by_rule, model_weights
 from shmroute.routing.scoring import softmax_weights
 from shmroute.routing.selection import (
     ID,
@@ -39,25 +38,17 @@ from shmroute.routing.selection import (
     select_top_k,
 )
 from shmroute.routing.shares import lost_by_one, lost_mass
-from shmroute.routing.spread import give_spread, take_spread
-from shmroute.routing.vectors import id_at, put_id, word_at
+from shmroute.routing.vectors import id_at, word_at
 from shmroute.shared.atomic import WORD, address_of, cas, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
 from shmroute.shared.experts import QUEUE
-from shmroute.shared.kernel import apart, inlined, inner, kernel
+from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
 from shmroute.shared.requests import submit
 from shmroute.shared.stopwatch import nanoseconds, reading
 from shmroute.shared.successors import learn
 from shmroute.shared.words import BONUS_ONE, NORMAL, PAGE_IN, pack_request, unpack_bonus
-
-# A call returns the (token, expert) pairs that missed, with RING_BELL set if the pager must be woken; or one of these.
-RING_BELL: Final = 1 << 40
-BAD_ARRAY: Final = -1  # of another shape than the plan's, or not aligned
-NOT_FINITE: Final = -2
-BUSY: Final = -3
-REFUSED: Final = -4
 
 
 @inner
@@ -99,26 +90,6 @@ def _account_for_change(words: npt.NDArray[np.int64], row_at: int, last: int, be
     return count_after(row_at, words[p.CHOSEN], k, id_at(own_at + (k - 1) * ID))
 
 
-@inlined
-def _take_chosen(words: npt.NDArray[np.int64], experts_at: int, token: int, touched: int) -> int:
-    """Hand out a token's chosen experts and count them; how many experts have been chosen by now."""
-    k, chosen_at = words[p.TOP_K], words[p.CHOSEN]
-    for rank in range(k):
-        expert = id_at(chosen_at + rank * ID)
-        put_id(experts_at + (token * k + rank) * ID, expert)
-        touched = touch(words[p.TIMES], words[p.TOUCHED], touched, expert)
-    return touched
-
-
-@inner
-def _refuse(words: npt.NDArray[np.int64], token: int, finite: int, touched: int) -> int:
-    """Say which token cannot be routed, and leave no trace of those before it."""
-    words[p.BAD_ROW] = token
-    words[p.BAD_FINITE] = finite
-    forget_touched(words, touched)
-    return NOT_FINITE
-
-
 @inner
 def _choose_plainly(
     words: npt.NDArray[np.int64], bonus: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
@@ -136,12 +107,12 @@ def _choose_plainly(
                 row_at, num_experts, bonus, snapshot_at, scores_at, words[p.CANDIDATES], chosen_at, k
             )  # fmt: skip
         if finite < k:
-            return _refuse(words, token, finite, touched)
+            return refuse(words, token, finite, touched)
         nonfinite += num_experts - finite
         if bonus != 0.0:
             changed += _count_replaced(words, row_at)
         hits += count_resident(snapshot_at, chosen_at, k)
-        touched = _take_chosen(words, experts_at, token, touched)
+        touched = take_chosen(words, experts_at, token, touched)
     if words[p.AT_ONCE] == 1:
         fetch_lines(words, touched)  # they come while the weights are computed
     # In a pass of its own: the ids are read sixteen at a time, and would wait for the stores of one by one.
@@ -153,46 +124,21 @@ def _choose_plainly(
     return 0
 
 
-@apart
-def _choose_by_rule(
-    words: npt.NDArray[np.int64], strength: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
-) -> int:
-    """Every token by whatever scoring and rule there is; NOT_FINITE or 0."""
-    num_experts, k = words[p.NUM_EXPERTS], words[p.TOP_K]
-    spread = take_spread(words)
-    words[p.CHANGED] = words[p.NOT_FINITE_LOGITS] = 0
-    hits = touched = 0
-    for token in range(tokens):
-        choosable = choose_by_rule(words, logits_at + token * num_experts * 4, strength, spread)
-        if choosable < k:
-            return _refuse(words, token, choosable, touched)
-        hits += count_resident(words[p.SNAPSHOT], words[p.CHOSEN], k)
-        touched = _take_chosen(words, experts_at, token, touched)
-    if words[p.AT_ONCE] == 1:
-        fetch_lines(words, touched)  # they come while the weights are computed
-    for token in range(tokens):
-        model_weights(
-            words, logits_at + token * num_experts * 4, experts_at + token * k * ID, weights_at + token * k * 4
-        )  # fmt: skip
-    words[p.HITS], words[p.TOUCHED_COUNT] = hits, touched
-    give_spread(words, tokens)
-    return 0
-
-
 @inner
-def _choose(words: npt.NDArray[np.int64], logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
+def _choose(
+    words: npt.NDArray[np.int64], plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int
+) -> int:
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
     resident = _take_snapshot(words[p.RESIDENT], words[p.SNAPSHOT], words[p.NUM_EXPERTS])
     words[p.STRENGTH] = words[p.LOST_MASS] = 0
     if words[p.MEMORY_AWARE] == 1 and 0 < resident < words[p.NUM_EXPERTS]:  # else it would raise none, or all alike
         words[p.STRENGTH] = load(words[p.BONUS])
-    strength = unpack_bonus(words[p.STRENGTH])
-    if words[p.GENERAL] == 1:
-        return _choose_by_rule(words, strength, logits_at, experts_at, weights_at, tokens)
-    return _choose_plainly(words, strength, logits_at, experts_at, weights_at, tokens)
+    if words[p.GENERAL] != 0:
+        return choose_generally_at(words[p.GENERAL], plan, logits_at, experts_at, weights_at, tokens)
+    return _choose_plainly(words, unpack_bonus(words[p.STRENGTH]), logits_at, experts_at, weights_at, tokens)
 
 
-@apart
+@inner
 def _request_missing(words: npt.NDArray[np.int64]) -> int:
     """Request every touched expert that was not resident; how many requests this call queued."""
     num_experts = words[p.NUM_EXPERTS]
@@ -214,7 +160,7 @@ def _request_missing(words: npt.NDArray[np.int64]) -> int:
     return count
 
 
-@apart
+@inner
 def _spend(words: npt.NDArray[np.int64], tokens: int, misses: int) -> None:
     """Charge the layer's quality budget with what the bonus changed, if it could change anything."""
     resident = 0
@@ -280,7 +226,7 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     code = 0
     if tokens > 0:
         take_turn(words, plan, tokens)
-        code = _choose(words, logits_at, experts_at, weights_at, tokens)
+        code = _choose(words, plan, logits_at, experts_at, weights_at, tokens)
         if code == 0:
             code = _record(words, experts_at, tokens)
             if words[p.TRACE] != 0:

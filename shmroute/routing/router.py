@@ -14,11 +14,12 @@ import numpy.typing as npt
 from shmroute.attachment import Attachment
 from shmroute.errors import NonFiniteLogitsError
 from shmroute.recording.recorder import recorder_of
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
+from shmroute.routing.codes import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BELL
 from shmroute.routing.entry import bind
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
-from shmroute.routing.route import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BELL, route_batch, route_token
+from shmroute.routing.route import route_batch, route_token
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import LINE
 from shmroute.shared.requests import PagingRequest

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.routing import codes
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.scoring import sigmoid_weights, softmax_weights
 from shmroute.routing.selection import (
     ID,

@@ -25,7 +25,7 @@ from shmroute.routing.vectors import (
     widened,
 )
 from shmroute.shared.atomic import f32_array
-from shmroute.shared.kernel import apart, inlined, inner
+from shmroute.shared.kernel import inlined, inner
 
 
 @inner
@@ -46,7 +46,7 @@ def _sum_of_row(logits_at: int, num_experts: int, peak: float) -> float:
     return total(sums)
 
 
-@apart
+@inner
 def _weights_of_many(logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, weights_at: int) -> None:
     """`softmax_weights` of more experts than fit into one vector."""
     if renormalize:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.codes import SOFTMAX
 from shmroute.routing.scoring import peak_of_row
 from shmroute.routing.selection import ID
@@ -36,7 +36,7 @@ from shmroute.routing.vectors import (
 )
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bits import lowest_bit
-from shmroute.shared.kernel import apart, inner
+from shmroute.shared.kernel import inner
 from shmroute.shared.metrics import MASS_ONE
 
 
@@ -84,7 +84,7 @@ def mass_before(words: npt.NDArray[np.int64], scores_at: int, expert: int) -> fl
     return total(sums)
 
 
-@apart
+@inner
 def lost_mass(words: npt.NDArray[np.int64], row_at: int) -> int:
     """What the chosen experts' shares lack of the own ones', of all, in units of 1 / MASS_ONE.
 

@@ -25,7 +25,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.codes import CACHE_PRIOR
 from shmroute.routing.selection import LOWEST
 from shmroute.routing.vectors import (

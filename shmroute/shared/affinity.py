@@ -42,7 +42,7 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.shared.atomic import cas, f64_array, fetch_add, i64_array, load
-from shmroute.shared.kernel import apart, inner, kernel
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LINE, USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.words import LOW32, RESTAMP_BITS, SCORE_ONE, high32, low32, pack_affinity
 
@@ -166,7 +166,7 @@ def activate_from(
         clock = load(clock_address)  # after the word
 
 
-@apart
+@inner
 def restamp(row: int, clock_address: int, table: int, num_experts: int) -> None:
     """Bring every word of a layer to the present tick, scores rounded down."""
     for expert in range(num_experts):

@@ -27,11 +27,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from llvmlite.ir import CallInstr
-from numba import types
-from numba.core import cgutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import register_jitable
 
 from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
@@ -129,35 +126,6 @@ def inner(function: F) -> F:
 def inlined(function: F) -> F:
     """`inner`, and pasted into its callers: for what runs for each token, and with constants for arguments."""
     return register_jitable(forceinline=True)(function)  # type: ignore[no-any-return]
-
-
-def apart(function: F) -> F:
-    """`inner`, but called, never merged into its callers: for what is long and seldom runs.
-
-    LLVM would paste it into every kernel that can reach it, and take several times as long to compile them.
-    """
-    if not COMPILED:
-        return function
-    dispatcher = numba.njit(nogil=True, _nrt=False)(function)
-    callee = types.Dispatcher(dispatcher)
-
-    @intrinsic
-    def call(typingctx: Any, packed: Any) -> Any:
-        inside = typingctx.resolve_function_type(callee, tuple(packed), {})
-
-        def body(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            result = context.get_function(callee, inside)(builder, cgutils.unpack_tuple(builder, values[0]))
-            name = dispatcher.overloads[inside.args].fndesc.mangled_name
-            for block in builder.function.blocks:
-                for one in block.instructions:
-                    if isinstance(one, CallInstr) and getattr(one.callee, "name", None) == name:
-                        one.attributes.add("noinline")
-            return result
-
-        return inside.return_type(packed), body
-
-    overload(function)(lambda *arguments: lambda *arguments: call(arguments))
-    return function
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.shared.atomic import WORD, cas, f64_array, i32_array, i64_array, load
-from shmroute.shared.kernel import apart, inner, kernel
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.words import (
     FOLLOW_ONE,
     SUCCESSORS,
@@ -93,7 +93,7 @@ def lesson_for(words_at: int, followers_at: int, count: int, num_experts: int) -
             return
 
 
-@apart
+@inner
 def learn(
     successors: int, row_bytes: int, num_layers: int, num_experts: int, trail_at: int, layer: int, chosen_at: int,
     count: int,

@@ -10,7 +10,7 @@ from runtimes import clock_of, logits_choosing
 
 import shmroute
 from shmroute.config import AffinityConfig
-from shmroute.routing.plan import TOKENS_PUT_OFF
+from shmroute.routing.plan_words import TOKENS_PUT_OFF
 from shmroute.runtime import Runtime
 from shmroute.shared.layout import LINE
 from shmroute.shared.segment import Segment

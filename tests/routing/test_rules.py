@@ -19,7 +19,7 @@ from shmroute.config import RouterConfig
 from shmroute.errors import ConfigError, NonFiniteLogitsError
 from shmroute.lifecycle import create
 from shmroute.routing import codes
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.router import MemoryAwareRouter
 from shmroute.runtime import Runtime
 from shmroute.shared.atomic import COMPILED

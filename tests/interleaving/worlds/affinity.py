@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 
 from shmroute.config import AffinityConfig, RouterConfig, RuntimeConfig
-from shmroute.routing import plan as p
+from shmroute.routing import plan_words as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
 from shmroute.routing.route import route_batch
