@@ -16,6 +16,7 @@ import shmroute.shared.segment
 from shmroute.config import RuntimeConfig
 from shmroute.lifecycle import create
 from shmroute.runtime import Runtime
+from shmroute.shared.kernel import load_kernels
 from shmroute.shared.segment import PREFIX, SHM
 
 # Whoever runs the tests in the background ignores these for all its children; the tests send them to theirs.
@@ -24,6 +25,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+
+def pytest_sessionstart() -> None:
+    """Compile the kernels before the first test's clock runs."""
+    load_kernels()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,6 +28,7 @@ SUBSET = [
 ]
 
 
+@pytest.mark.timeout(400)  # it is hundreds of tests
 @pytest.mark.skipif(not COMPILED, reason="everything runs interpreted already")
 def test_a_part_of_the_suite_passes_interpreted() -> None:
     done = subprocess.run(

@@ -45,6 +45,7 @@ def run_copy(tree: Path) -> dict[str, str | int]:
     return said
 
 
+@pytest.mark.timeout(400)  # it compiles all kernels, twice
 def test_a_constant_edited_in_another_file_is_compiled_anew(tmp_path: Path) -> None:
     load_kernels()
     shutil.copytree(Path(shmroute.__file__).parent, tmp_path / "shmroute", ignore=shutil.ignore_patterns("__pycache__"))
