@@ -157,10 +157,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recorder.path
 
 
-@given(at=st.integers(0, r.PAGE + 36 * 80 - 1), value=st.integers(0, 255))
+LENGTH = r.PAGE + 36 * r.layout_of(small_config(trace="anywhere")).record_bytes
+
+
+@given(at=st.integers(0, LENGTH - 1), value=st.integers(0, 255))
 def test_a_damaged_file_is_refused_or_read_as_a_trace(whole: Path, at: int, value: int) -> None:
     content = bytearray(whole.read_bytes())
-    assert len(content) == r.PAGE + 36 * 80
+    assert len(content) == LENGTH
     content[at] = value
     damaged = whole.with_name("damaged")
     damaged.write_bytes(content)
