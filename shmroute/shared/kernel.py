@@ -32,6 +32,7 @@ from numba.extending import register_jitable
 
 from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
+from shmroute.shared.compilation import ELSEWHERE, compiling_elsewhere
 
 PACKAGE = Path(__file__).resolve().parent.parent
 KERNEL_PACKAGES = ("shared", "routing", "pager", "recording", "replay", "evaluation")
@@ -168,6 +169,18 @@ def collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _cache_errors_named() -> Iterator[None]:
+    """Turn what the file system refuses in a block into `KernelCacheError`."""
+    try:
+        yield
+    except OSError as error:
+        raise KernelCacheError(
+            f"compiled kernels cannot be kept in {cache_directory()} ({error.strerror}): make it a directory that "
+            f"this user may write to, or set SHMROUTE_CACHE_DIR to one"
+        ) from error
+
+
 @collection_paused()
 def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int:
     """Make every entry point ready: from disk, or compiled and then kept there.
@@ -187,27 +200,45 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
     KernelCacheError
         If the directory for compiled kernels cannot be used.
     """
-    compiled = 0
-    for done, (dispatcher, signature) in enumerate(_entries):
-        if dispatcher.signatures:
-            continue
-        try:
+    waiting = [dispatcher for dispatcher, _ in _entries if not dispatcher.signatures]
+    with _cache_errors_named():
+        for dispatcher in waiting:
             dispatcher._cache = _StampedCache(dispatcher.py_func)
-            if progress is not None and not _is_cached(dispatcher):
-                progress(done, len(_entries), dispatcher.py_func.__name__)
-            with signals_held():
-                dispatcher.compile(signature)
-        except OSError as error:
-            raise KernelCacheError(
-                f"compiled kernels cannot be kept in {cache_directory()} ({error.strerror}): make it a directory that "
-                f"this user may write to, or set SHMROUTE_CACHE_DIR to one"
-            ) from error
-        compiled += sum(dispatcher.stats.cache_misses.values())
-        # From here an argument of another type is an error at once, never a silent compilation of seconds.
-        dispatcher.disable_compile()
-    if progress is not None and compiled:
+    missing = [dispatcher for dispatcher in waiting if not _is_cached(dispatcher)]
+    elsewhere = [dispatcher for dispatcher in missing if dispatcher.py_func.__module__ in ELSEWHERE]
+    here = [dispatcher for dispatcher in waiting if dispatcher not in elsewhere]
+    if len(elsewhere) == len(missing):
+        here, elsewhere = waiting, []  # nothing would be compiled meanwhile
+    done = len(_entries) - len(missing)
+    names = [f"{dispatcher.py_func.__module__}:{dispatcher.py_func.__name__}" for dispatcher in elsewhere]
+    with compiling_elsewhere(names) as process:
+        for dispatcher in here + elsewhere:
+            if dispatcher in missing:
+                if progress is not None:
+                    progress(done, len(_entries), dispatcher.py_func.__name__)
+                done += 1
+            if process is not None and dispatcher in elsewhere:
+                process.wait()
+            compile_kernel(dispatcher)
+    if progress is not None and missing:
         progress(len(_entries), len(_entries), "")
-    return compiled
+    return len(missing)
+
+
+def compile_kernel(dispatcher: Any) -> None:
+    """Make one entry point ready.
+
+    Raises
+    ------
+    KernelCacheError
+        If the directory for compiled kernels cannot be used.
+    """
+    (signature,) = [signature for one, signature in _entries if one is dispatcher]
+    with _cache_errors_named(), signals_held():
+        dispatcher._cache = _StampedCache(dispatcher.py_func)
+        dispatcher.compile(signature)
+    # From here an argument of another type is an error at once, never a silent compilation of seconds.
+    dispatcher.disable_compile()
 
 
 def c_function(dispatcher: Any) -> int:

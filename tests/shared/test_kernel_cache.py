@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import shmroute
 from shmroute.shared.atomic import COMPILED
+from shmroute.shared.compilation import compiling_elsewhere
 from shmroute.shared.kernel import STAMP, cache_directory, collection_paused, load_kernels
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="interpreted kernels have no cache")
@@ -25,11 +27,13 @@ import shmroute
 from shmroute.shared.kernel import STAMP, kernel_count, load_kernels
 from shmroute.shared.layout import CONSTANTS, compiled_constants
 from shmroute.shared.words import LAYER_BITS
+from shmroute.routing.entry import call_route_into
 said = []
 compiled = load_kernels(lambda done, total, name: said.append(name))
 print(json.dumps({
     "from": shmroute.__file__, "stamp": STAMP, "compiled": compiled, "constants": compiled_constants(),
     "python": CONSTANTS, "layer_bits": LAYER_BITS, "said": len(said), "kernels": kernel_count(),
+    "found": sum(call_route_into.stats.cache_hits.values()),
 }))
 """
 
@@ -63,6 +67,7 @@ def test_a_constant_edited_in_another_file_is_compiled_anew(tmp_path: Path) -> N
     assert edited["constants"] == edited["python"] != before["constants"]
     assert edited["compiled"] == edited["kernels"] > 0
     assert edited["said"] == int(edited["kernels"]) + 1
+    assert edited["found"] == (len(os.sched_getaffinity(0)) > 1)  # then another process compiled it
 
     again = run_copy(tmp_path)
     assert again["constants"] == edited["constants"]
@@ -72,6 +77,24 @@ def test_a_constant_edited_in_another_file_is_compiled_anew(tmp_path: Path) -> N
 def words_here() -> bytes:
     """The file that the test edits in its copy."""
     return (Path(shmroute.__file__).parent / "shared" / "words.py").read_bytes()
+
+
+def test_a_process_that_cannot_compile_or_is_killed_leaves_that_to_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    with compiling_elsewhere(["shmroute.shared.bell:no_such_kernel"]) as process:
+        assert process is not None
+        assert process.wait() != 0
+    monkeypatch.setenv("SHMROUTE_CACHE_DIR", str(tmp_path))
+    with compiling_elsewhere(["shmroute.routing.entry:call_route_into"]) as process:
+        assert process is not None
+    assert process.returncode == -signal.SIGKILL
+    with compiling_elsewhere([]) as process:
+        assert process is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    with compiling_elsewhere(["shmroute.routing.entry:call_route_into"]) as process:
+        assert process is None
 
 
 def test_kernels_that_are_loaded_are_not_compiled_again() -> None:
