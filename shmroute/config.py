@@ -88,6 +88,9 @@ class RouterConfig:
         most top_k. Only for the rules from the paper: ``cache-prior``, ``max-rank``, ``cumulative-threshold``.
     max_rank : int
         For ``max-rank``: residents among so many of the best are preferred at strength 1; from top_k to num_experts.
+    spared_layers : int
+        So many of the first layers begin with a bonus of 0, and no quality budget steers theirs: in the first layers a
+        changed choice may cost far more than in the others.
     scoring : {"softmax", "sigmoid"}
         How a model makes probabilities of logits. With ``sigmoid`` an expert is chosen by its probability plus its
         correction bias (see `MemoryAwareRouter.correction_bias`) and weighted by its probability.
@@ -110,6 +113,7 @@ class RouterConfig:
     rule: str = "absolute"
     top_j: int = 0
     max_rank: int = 0
+    spared_layers: int = 0
     scoring: str = "softmax"
     n_group: int = 1
     topk_group: int = 1
@@ -136,6 +140,7 @@ class RouterConfig:
             f"max_rank is {self.max_rank} and the rule {self.rule!r}: the rule 'max-rank' needs one, of at least "
             f"top_k, and no other rule has any use for it",
         )
+        require_int("spared_layers", self.spared_layers, 0, MAX_LAYERS)
         require_int("n_group", self.n_group, 1, MAX_EXPERTS)
         require_int("topk_group", self.topk_group, 1, MAX_EXPERTS)
         require(
@@ -153,6 +158,10 @@ class RouterConfig:
         if self.quality_budget is not None:
             require_float("quality_budget", self.quality_budget, 0, 0.5, above=True)
             require(self.memory_aware, "a quality_budget is spent by the cache bonus: it needs memory_aware=True")
+
+    def initial_bonus(self, layer: int) -> float:
+        """The bonus with which a layer begins."""
+        return 0.0 if layer < self.spared_layers else self.cache_bonus
 
     @property
     def is_plain(self) -> bool:
@@ -336,6 +345,11 @@ class RuntimeConfig:
             f"top_k must be an integer from 1 to num_experts = {self.num_experts}, not {self.top_k!r}",
         )
         self.router.check_fits(self.num_experts, self.top_k)
+        require(
+            self.router.spared_layers <= self.num_layers,
+            f"spared_layers must be an integer from 0 to num_layers = {self.num_layers}, not "
+            f"{self.router.spared_layers}",
+        )
         require_int("expert_bytes", self.expert_bytes, 1, 1 << 40)
         require_int("slots", self.slots, 1, min(MAX_SLOTS, self.num_layers * self.num_experts))
         require_int("max_workers", self.max_workers, 1, MAX_LANES)
@@ -446,6 +460,7 @@ class RuntimeConfig:
         words += [] if self.router.rule == RouterConfig.rule else ["--rule", self.router.rule]
         words += ["--top-j", str(self.router.top_j)] if self.router.top_j else []
         words += ["--max-rank", str(self.router.max_rank)] if self.router.max_rank else []
+        words += ["--spared-layers", str(self.router.spared_layers)] if self.router.spared_layers else []
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
         words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]

@@ -48,6 +48,9 @@ def demo(
     max_rank: Annotated[
         int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
     ] = RouterConfig.max_rank,
+    spared_layers: Annotated[
+        int, typer.Option(help="So many of the first layers are routed without a bonus: theirs may cost most.")
+    ] = RouterConfig.spared_layers,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens of each domain.")] = 1_000_000,
     trace: Annotated[
         Path | None,
@@ -69,7 +72,7 @@ def demo(
     folder = data or default_folder()
     if not folder.is_dir():
         raise ConfigError(f"no checkpoint at {folder}: run this from a source checkout, or give its folder with --data")
-    router = RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank)
+    router = RouterConfig(cache_bonus=bonus, rule=rule, top_j=top_j, max_rank=max_rank, spared_layers=spared_layers)
     show = Demo(folder, budget, tokens, router)  # refused now, if it does not fit, rather than after the first run
     config = show.config
     # As Ctrl-C does: leave the `with` blocks, which end the workers and remove the cache.

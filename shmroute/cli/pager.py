@@ -68,6 +68,9 @@ def pager(
     max_rank: Annotated[
         int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
     ] = RouterConfig.max_rank,
+    spared_layers: Annotated[
+        int, typer.Option(help="So many of the first layers are routed without a bonus: theirs may cost most.")
+    ] = RouterConfig.spared_layers,
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
@@ -101,6 +104,7 @@ def pager(
             rule=rule,
             top_j=top_j,
             max_rank=max_rank,
+            spared_layers=spared_layers,
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),

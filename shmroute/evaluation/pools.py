@@ -149,7 +149,10 @@ class Pools:
         for tables in self._tables:
             layout = tables.layout
             for layer, factor in enumerate(layer_factors):
-                write_word(tables.address + layout.bonus + layer * LINE, pack_bonus(config.router.cache_bonus * factor))
+                write_word(
+                    tables.address + layout.bonus + layer * LINE,
+                    pack_bonus(config.router.initial_bonus(layer) * factor),
+                )
             for cursor in (RING_HEAD, RING_TAIL):
                 write_word(tables.address + layout.ring + cursor, 1 << layout.ring_bits)
         self._evictions = [Eviction(tables, powers) for tables in self._tables]

@@ -135,7 +135,7 @@ class Plan:
         words[p.MOST_PENDING] = p.TOKENS_PUT_OFF
         words[p.LATEST], words[p.SEEN] = turns.latest, turns.seen(layer)
         self._turns = turns
-        if config.router.quality_budget is not None:
+        if config.router.quality_budget is not None and layer >= config.router.spared_layers:
             block = self._block(BLOCK_WORDS, np.int64)
             fill_block(block, int(words[p.BONUS]), config)
             words[p.BUDGET] = block.ctypes.data

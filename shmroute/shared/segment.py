@@ -299,7 +299,7 @@ def _initialise(segment: Segment, config_json: bytes, uuid: bytes) -> None:
     segment.write(HEADER_STATE, me)
     segment.write(HEADER_OWNER, me)
     for layer in range(layout.num_layers):
-        segment.write(layout.bonus + layer * LINE, pack_bonus(segment.config.router.cache_bonus))
+        segment.write(layout.bonus + layer * LINE, pack_bonus(segment.config.router.initial_bonus(layer)))
     for cursor in (RING_HEAD, RING_TAIL):
         segment.write(layout.ring + cursor, 1 << layout.ring_bits)
 
