@@ -160,8 +160,8 @@ class CheckpointChangedError(CheckpointError):
 # ------------------------------------------------------------------ traces
 
 
-class TraceError(ConfigError):
-    """A recording of routing cannot be read, or is not what it should be.
+class InputFileError(ConfigError):
+    """A file that a command was given is not what it should be.
 
     Attributes
     ----------
@@ -172,6 +172,10 @@ class TraceError(ConfigError):
     def __init__(self, path: str, reason: str) -> None:
         self.path = path
         super().__init__(f"{path}: {reason}")
+
+
+class TraceError(InputFileError):
+    """A recording of routing cannot be read, or is not what it should be."""
 
 
 class RecordingError(ShmrouteError):
@@ -181,18 +185,8 @@ class RecordingError(ShmrouteError):
 # ------------------------------------------------------------------ evaluation
 
 
-class TextError(ConfigError):
-    """A text to evaluate on cannot be read, or does not fit the model.
-
-    Attributes
-    ----------
-    path : str
-        The file at fault.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        self.path = path
-        super().__init__(f"{path}: {reason}")
+class TextError(InputFileError):
+    """A text to evaluate on cannot be read, or does not fit the model."""
 
 
 class EvaluationError(ShmrouteError):

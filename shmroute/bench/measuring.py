@@ -21,7 +21,6 @@ Reported are the median over rounds and the quartiles.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from shmroute.shared.kernel import collection_paused
 
 TAKES = 4
 """How often a sample is taken at most before its CPU time has to do."""
@@ -216,23 +217,12 @@ class Loop:
             count *= 2
 
     def _time(self, count: int) -> tuple[int, int]:
-        with _no_collection():
+        with collection_paused():
             cpu = time.thread_time_ns()
             began = time.perf_counter_ns()
             self._run(count)
             wall = time.perf_counter_ns() - began
             return wall, max(time.thread_time_ns() - cpu, 1)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Latencies:
@@ -256,7 +246,7 @@ class Latencies:
     def __call__(self) -> float:
         durations = [0] * len(self._arguments)
         clock, call = time.perf_counter_ns, self._call
-        with _no_collection():
+        with collection_paused():
             for i, argument in enumerate(self._arguments):
                 began = clock()
                 call(argument)  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from shmroute.config import RULES, RouterConfig
+from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
+from shmroute.config import RouterConfig
 from shmroute.demo.run import Demo, Progress, RunReport, WorkerReport, shortcomings
 from shmroute.errors import ConfigError
 
@@ -41,16 +42,10 @@ def demo(
     ] = None,
     budget: Annotated[str, typer.Option(help="What the slots may hold: a share or a size.")] = "50%",
     bonus: Annotated[float, typer.Option(help="Cache bonus of the second run; the first has none.")] = 0.5,
-    rule: Annotated[str, typer.Option(help=f"What the bonus is the strength of: {', '.join(RULES)}.")] = "absolute",
-    top_j: Annotated[
-        int, typer.Option(help="So many of a token's best experts are kept in any case (not by every rule).")
-    ] = RouterConfig.top_j,
-    max_rank: Annotated[
-        int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
-    ] = RouterConfig.max_rank,
-    spared_layers: Annotated[
-        int, typer.Option(help="So many of the first layers are routed without a bonus: theirs may cost most.")
-    ] = RouterConfig.spared_layers,
+    rule: Rule = RouterConfig.rule,
+    top_j: TopJ = RouterConfig.top_j,
+    max_rank: MaxRank = RouterConfig.max_rank,
+    spared_layers: SparedLayers = RouterConfig.spared_layers,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens of each domain.")] = 1_000_000,
     trace: Annotated[
         Path | None,

@@ -12,7 +12,8 @@ import typer
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
-from shmroute.config import BUDGET_MEASURES, RULES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
+from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
+from shmroute.config import BUDGET_MEASURES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.eviction.names import POLICIES
@@ -59,18 +60,10 @@ def pager(
     budget_measure: Annotated[
         str, typer.Option(help=f"What that cost is: {', '.join(BUDGET_MEASURES)}.")
     ] = RouterConfig.budget_measure,
-    rule: Annotated[
-        str, typer.Option(help=f"How residency is let into the choice: {', '.join(RULES)}.")
-    ] = RouterConfig.rule,
-    top_j: Annotated[
-        int, typer.Option(help="So many of a token's best experts are kept in any case (not by every rule).")
-    ] = RouterConfig.top_j,
-    max_rank: Annotated[
-        int, typer.Option(help="Of so many of the best, the rule max-rank prefers resident ones.")
-    ] = RouterConfig.max_rank,
-    spared_layers: Annotated[
-        int, typer.Option(help="So many of the first layers are routed without a bonus: theirs may cost most.")
-    ] = RouterConfig.spared_layers,
+    rule: Rule = RouterConfig.rule,
+    top_j: TopJ = RouterConfig.top_j,
+    max_rank: MaxRank = RouterConfig.max_rank,
+    spared_layers: SparedLayers = RouterConfig.spared_layers,
     eviction: Annotated[
         str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
     ] = PagerConfig.eviction,
