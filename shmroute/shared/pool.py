@@ -6,8 +6,8 @@ header says what the bytes are: which expert, encoded how (INV-4), how many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from shmroute.errors import SegmentLayoutError
 from shmroute.shared.layout import SLOT_HEADER_BYTES, SLOT_LENGTH, SLOT_OWNER, SLOT_PRECISION
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import pack_wait
+
+T = TypeVar("T")
 
 PRECISIONS = {"": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 """How a slot header names the encoding of its bytes; "" is for bytes without a meaning."""
@@ -33,11 +35,21 @@ class ExpertWeights(Mapping[str, npt.NDArray[Any]]):
         uint8 [expert_bytes], all of it.
     """
 
-    __slots__ = ("_tensors", "raw")
+    __slots__ = ("_derived", "_tensors", "raw")
 
     def __init__(self, raw: npt.NDArray[np.uint8], tensors: dict[str, npt.NDArray[Any]]) -> None:
         self.raw = raw
         self._tensors = tensors
+        self._derived: dict[Callable[[ExpertWeights], Any], Any] = {}
+
+    def derived(self, make: Callable[[ExpertWeights], T]) -> T:
+        """What `make` makes of these weights, such as another library's views: made once for the slot, and kept.
+
+        It must hold no bytes of its own: the slot gets other experts' bytes later, and this is not made anew then.
+        """
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return cast(T, self._derived[make])
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         return self._tensors[name]

@@ -1,0 +1,124 @@
+"""The experts implementation ``"shmroute"``: a layer's experts computed with the runtime's, one lease at a time.
+
+A batch's tokens are grouped by expert, resident experts come first while the others load, and each is used once. What
+the experts give is kept by token and rank and summed at the end, so that a result never depends on the order in which
+experts became resident.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from shmroute.errors import ConfigError
+from shmroute.runtime import Runtime
+from shmroute.shared.pool import ExpertWeights
+
+IMPLEMENTATION = "shmroute"
+"""The name by which Transformers knows it: ``experts_implementation="shmroute"``."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""Torch's of the runtime's dtypes."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """One expert's weights as torch sees them: views of the slot, to be read only under the lease.
+
+    Attributes
+    ----------
+    gate_up : Tensor
+        [2I, H], the gate's rows first.
+    down : Tensor
+        [H, I].
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class SharedExperts:
+    """One layer's experts in the runtime; what an experts module refers to instead of holding weights.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    layer : int
+        Of the runtime.
+    timeout : float
+        Seconds to wait for an expert.
+    """
+
+    def __init__(self, runtime: Runtime, layer: int, timeout: float) -> None:
+        self._runtime, self._layer, self._timeout = runtime, layer, timeout
+        self._layouts = {tensor.name: tensor for tensor in runtime.config.tensors}
+        self._dtype = DTYPES[self._layouts["gate"].dtype]
+
+    def compute(
+        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts, [T, H]; the arguments are those of Transformers' interface."""
+        if hidden_states.dtype != self._dtype or hidden_states.device.type != "cpu":
+            raise ConfigError(
+                f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
+                f"{self._dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
+            )
+        tokens, top_k = top_k_index.shape
+        hidden = hidden_states.detach()
+        outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
+        chosen = self._runtime.experts(self._layer, top_k_index.numpy(), self._timeout)
+        with torch.no_grad(), closing(chosen):  # type: ignore[type-var] # the iterator is a generator
+            for _, rows, ranks, weights in chosen:
+                expert = weights.derived(self._projections)
+                mine = hidden if tokens == 1 else hidden[torch.from_numpy(rows)]
+                inner = module._apply_gate(functional.linear(mine, expert.gate_up))
+                outputs[torch.from_numpy(rows * top_k + ranks)] = functional.linear(inner, expert.down)
+            weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
+            return weighted.sum(dim=1).to(hidden.dtype)
+
+    def _projections(self, weights: ExpertWeights) -> Projections:
+        gate, up, down = (self._layouts[name] for name in ("gate", "up", "down"))
+        assert up.offset == gate.offset + gate.nbytes, "sources put an expert's gate and up projection back to back"
+        (inner, hidden) = gate.shape
+        with warnings.catch_warnings():
+            # Torch has no read-only tensors. Nothing here writes to one.
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            both = torch.frombuffer(weights.raw, dtype=self._dtype, count=2 * inner * hidden, offset=gate.offset)
+            last = torch.frombuffer(weights.raw, dtype=self._dtype, count=hidden * inner, offset=down.offset)
+        return Projections(both.view(2 * inner, hidden), last.view(hidden, inner))
+
+
+def shared_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What Transformers calls for an experts module; `self` is that module.
+
+    Raises
+    ------
+    ConfigError
+        If the model was not made by `load`, or was moved or converted since.
+    ExpertLoadError, ExpertTimeout, PagerUnavailable, RuntimeClosedError, SegmentClosingError
+        As `Runtime.experts`.
+    """
+    shared: Any = getattr(self, "shared_experts_of_runtime", None)
+    if shared is None:
+        raise ConfigError(
+            f"experts_implementation={IMPLEMENTATION!r} is for models that share a runtime's experts, and this one has "
+            f"its own: make it by shmroute.integrations.transformers.load(checkpoint, runtime)"
+        )
+    result: torch.Tensor = shared.compute(self, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, shared_experts_forward)

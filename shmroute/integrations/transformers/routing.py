@@ -1,0 +1,62 @@
+"""The runtime's router in the place of a model's: the gate's product is the model's, the choice the runtime's.
+
+Transformers' experts interface receives experts that are chosen already, so this is where residency comes in. The
+choice has the form that the family's own router gives: logits [T, E], weights [T, k], ids [T, k].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from shmroute.integrations.transformers.families import Family
+from shmroute.runtime import Runtime
+
+
+class SharedRouting:
+    """What a router module does instead of its own ``forward``.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    layer : int
+        Of the runtime: MoE layers counted from 0.
+    module : torch.nn.Module
+        The model's router. Its parameters stay its own.
+    family : Family
+    """
+
+    def __init__(self, runtime: Runtime, layer: int, module: nn.Module, family: Family) -> None:
+        config = runtime.config
+        self._runtime, self._layer, self._module, self._family = runtime, layer, module, family
+        self._top_k = config.top_k
+        self._speculates = "gate" in config.pager.predictors and config.pager.prefetch > 0
+        self._router = runtime.router(layer)
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [T, E], weights [T, k] and ids int64 [T, k], as the family's router returns them.
+
+        Raises
+        ------
+        NonFiniteLogitsError, RuntimeClosedError
+            As `MemoryAwareRouter.route_into`.
+        """
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).detach()
+        logits = self._logits(hidden)
+        tokens = len(hidden)
+        ids, weights = np.empty((tokens, self._top_k), np.int32), np.empty((tokens, self._top_k), np.float32)
+        self._router.route_into(logits.float().numpy(), ids, weights)
+        if self._speculates:
+            self._runtime.speculate(self._layer, hidden.float().numpy())
+        chosen = torch.from_numpy(weights)
+        if not self._family.float32_weights:
+            chosen = chosen.to(logits.dtype)
+        return logits, chosen, torch.from_numpy(ids).long()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._module.weight.detach(), getattr(self._module, "bias", None)
+        if self._family.float32_logits:
+            hidden, weight = hidden.float(), weight.float()
+        return functional.linear(hidden, weight, None if bias is None else bias.detach())
