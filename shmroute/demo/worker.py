@@ -19,6 +19,7 @@ import numpy.typing as npt
 import shmroute
 from shmroute.demo.recording import Recording
 from shmroute.errors import ShmrouteError
+from shmroute.process_memory import memory_of
 from shmroute.shared.pool import ExpertWeights
 
 TIMEOUT = 60.0
@@ -30,12 +31,6 @@ def feed_forward(weights: ExpertWeights, x: npt.NDArray[np.float32]) -> npt.NDAr
     inner = gate / (1 + np.exp(-gate)) * (weights["up"].astype(np.float32) @ x)
     result: npt.NDArray[np.float32] = weights["down"].astype(np.float32) @ inner
     return result
-
-
-def private_bytes() -> int:
-    """Memory that this process shares with nobody, from ``/proc/self/smaps_rollup``."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 def play(runtime: shmroute.Runtime, hidden: npt.NDArray[np.float32], outputs: Path) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def play(runtime: shmroute.Runtime, hidden: npt.NDArray[np.float32], outputs: Pa
                 result[token, layer] += weights[ranks[0]] * feed_forward(expert, x)
     seconds = time.monotonic() - began
     np.savez(outputs, outputs=result, choices=choices)
-    return {"tokens": len(hidden), "seconds": seconds, "private_bytes": private_bytes()}
+    return {"tokens": len(hidden), "seconds": seconds, "private_bytes": memory_of().private}
 
 
 def main() -> int:
