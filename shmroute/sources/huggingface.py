@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,28 @@ MAX_FILES = 2**15 - 1
 _SAMPLE_BYTES = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Bytes of an expert that lie together in a file.
+
+    Attributes
+    ----------
+    file : ServedFile
+    offset, length : int
+        Where in the file.
+    pieces : tuple of (int, int)
+        Where they go in the expert's buffer: from, to, one after the other.
+    tensor : str
+        The first one's name.
+    """
+
+    file: ServedFile
+    offset: int
+    length: int
+    pieces: tuple[tuple[int, int], ...]
+    tensor: str
+
+
 class HuggingFaceSource:
     """A source over a local model folder.
 
@@ -53,8 +75,9 @@ class HuggingFaceSource:
     Notes
     -----
     Everything is checked when the source is opened, except the weights' own bytes. Opening reads all headers
-    (about 0.5 s for 61 layers of 256 experts) and keeps 36 bytes per expert, and one descriptor for each file
-    that holds experts or routers: up to some hundreds, so mind ``ulimit -n``.
+    (about 0.5 s for 61 layers of 256 experts) and keeps 36 bytes per expert, some 600 more for each that was
+    read, and one descriptor for each file that holds experts or routers: up to some hundreds, so mind
+    ``ulimit -n``.
 
     The fingerprint covers file names, sizes, all headers, the keys of ``config.json`` that are used, and a
     sample of the weights: a change of weights alone that leaves each layer's first bytes of router and first
@@ -95,6 +118,7 @@ class HuggingFaceSource:
                     file.close()
             self._tensors = find_expert_tensors(config, stored, listing, config_path)
             self._layouts = _layouts(config, self._tensors.dtype)
+            self._known_runs: dict[tuple[int, int], tuple[_Run, ...]] = {}
             self._sample(digest)
             for file in self._files:
                 file.check_unchanged()
@@ -139,12 +163,9 @@ class HuggingFaceSource:
         size = self._geometry.expert_bytes
         if buffer.readonly or buffer.format != "B" or buffer.ndim != 1 or len(buffer) != size:
             raise ValueError(f"the buffer must be writable, contiguous, of format 'B' and {size} bytes long")
-        for file, begin, parts in self._runs(layer, expert):
-            slices = [
-                buffer[self._layouts[part].offset : self._layouts[part].offset + self._layouts[part].nbytes]
-                for part in parts
-            ]
-            file.read_into(slices, begin, self._tensor_name(layer, expert, parts[0]))
+        for run in self._runs(layer, expert):
+            pieces = [buffer[begin:end] for begin, end in run.pieces]
+            run.file.read_into(pieces, run.offset, run.tensor)
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         """Let the kernel drop the file pages behind an expert.
@@ -154,8 +175,8 @@ class HuggingFaceSource:
         locked.
         """
         self._check_index(layer, expert)
-        for file, begin, parts in self._runs(layer, expert):
-            file.drop_page_cache(begin, sum(self._layouts[part].nbytes for part in parts))
+        for run in self._runs(layer, expert):
+            run.file.drop_page_cache(run.offset, run.length)
 
     def location(self, layer: int, expert: int) -> str:
         self._check_index(layer, expert)
@@ -205,24 +226,35 @@ class HuggingFaceSource:
     def _tensor_name(self, layer: int, expert: int, part: int) -> str:
         return self._tensors.names[layer][part].replace("{}", str(expert))
 
-    def _runs(self, layer: int, expert: int) -> Iterator[tuple[ServedFile, int, list[int]]]:
-        """An expert's bytes as (file, offset, parts): parts adjacent in one file together, in the file's
-        order.
+    def _runs(self, layer: int, expert: int) -> tuple[_Run, ...]:
+        """How an expert is read: one run for tensors that are adjacent in one file, in the file's order.
 
         Files often hold w1, w2, w3, that is gate, down, up: still one read, scattered to the slot's order.
         """
+        found = self._known_runs.get((layer, expert))
+        if found is None:
+            found = self._known_runs[layer, expert] = tuple(self._find_runs(layer, expert))
+        return found
+
+    def _find_runs(self, layer: int, expert: int) -> Iterator[_Run]:
         files = self._tensors.file[layer, expert].tolist()
         begins = self._tensors.begin[layer, expert].tolist()
         order = sorted(range(len(begins)), key=lambda part: (files[part], begins[part]))
-        first = order[0]
-        parts, end = [first], begins[first] + self._layouts[first].nbytes
-        for part in order[1:]:
-            if files[part] != files[first] or begins[part] != end:
-                yield self._files[files[first]], begins[first], parts
-                first, parts = part, []
-            parts.append(part)
-            end = begins[part] + self._layouts[part].nbytes
-        yield self._files[files[first]], begins[first], parts
+        while order:
+            first = order[0]
+            pieces: list[tuple[int, int]] = []
+            end = begins[first]
+            while order and files[order[0]] == files[first] and begins[order[0]] == end:
+                layout = self._layouts[order.pop(0)]
+                end += layout.nbytes
+                if pieces and pieces[-1][1] == layout.offset:
+                    pieces[-1] = pieces[-1][0], layout.offset + layout.nbytes
+                else:
+                    pieces.append((layout.offset, layout.offset + layout.nbytes))
+            yield _Run(
+                self._files[files[first]], begins[first], end - begins[first], tuple(pieces),
+                self._tensor_name(layer, expert, first),
+            )  # fmt: skip
 
     def _sample(self, digest: xxhash.xxh3_128) -> None:
         """Add each layer's first bytes of router and first expert to the fingerprint.

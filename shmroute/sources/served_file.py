@@ -77,7 +77,6 @@ class ServedFile:
         OSError
             As the read gave it.
         """
-        self.check_unchanged(tensor)
         remaining = list(buffers)
         while remaining:
             # Short reads are ordinary: a signal, a network file system, and any read beyond 2 GiB.
@@ -91,7 +90,7 @@ class ServedFile:
                 del remaining[0]
             if count:
                 remaining[0] = remaining[0][count:]
-        self.check_unchanged(tensor)
+        self.check_unchanged(tensor)  # afterwards, which covers a change before the read too
 
     def drop_page_cache(self, offset: int, length: int) -> None:
         """Let the kernel drop the cached pages of a range; pages that reach beyond the range stay."""
