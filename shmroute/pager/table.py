@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.shared.atomic import WORD
-from shmroute.shared.experts import rebuild_bitmap, recover, scan_table
+from shmroute.shared.experts import read_word, rebuild_bitmap, recover, scan_table
 from shmroute.shared.segment import Segment
 
 
@@ -22,6 +22,7 @@ class ExpertTable:
         self._segment = segment
         self._layout = segment.layout
         self._experts = segment.address + segment.layout.experts
+        self._row_bytes = segment.layout.row_bytes
         self._num_experts = segment.config.num_experts
         self._requested = np.zeros(segment.config.num_layers * self._num_experts, np.int64)
 
@@ -40,7 +41,8 @@ class ExpertTable:
 
     def address(self, key: int) -> int:
         """Address of an expert's word."""
-        return self._segment.address + self.offset(self._layout.experts, key)
+        layer, expert = divmod(key, self._num_experts)
+        return self._experts + layer * self._row_bytes + expert * WORD
 
     def failure_address(self, key: int) -> int:
         """Address of an expert's failure word."""
@@ -48,7 +50,7 @@ class ExpertTable:
 
     def word(self, key: int) -> int:
         """An expert's word, now."""
-        return self._segment.read(self.offset(self._layout.experts, key))
+        return int(read_word(self.address(key)))
 
     def resident_row(self, layer: int) -> int:
         """Address of a layer's bitmap."""

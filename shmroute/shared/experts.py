@@ -13,7 +13,8 @@ outside RESIDENT, so the reaper may clear a lane's bit in every word whatever it
 | who | calls | progress |
 |---|---|---|
 | worker | `request`, `lease`, `release` | lock-free: obstructed only by changes of the same word |
-| pager's main thread | `begin_load`, `publish`, `fail`, `evict`, `cancel`, `recover` | lock-free, likewise |
+| pager's main thread | `make_resident`, `fail`, `evict`, `cancel`, `recover` | lock-free, likewise |
+| pager's I/O threads | `begin_load`, each for loads of its own | lock-free, likewise |
 | holder of the pager's lock | `clear_lane` | wait-free per word |
 
 *No expert is read while it moves.* `lease` sets the worker's bit by a CAS from the very word that says where the bytes
@@ -23,8 +24,8 @@ Only the worker of lane w ever sets bit w, under its process's lease mutex (`shm
 
 Death windows: a worker dead between `request` and the push leaves REQUESTED, which the sweep finds; dead while it
 holds a lease, its bit, which the reaper clears. A pager dead while LOADING leaves bytes that nobody could see; the
-next pager makes it REQUESTED again (`recover`). Dead between `publish` and the bitmap, a stale bit, which costs a
-bonus; the sweep rebuilds it.
+next pager makes it REQUESTED again (`recover`). Dead between `make_resident`'s CAS and the bitmap, a stale bit, which
+costs a bonus; the sweep rebuilds it.
 """
 
 from __future__ import annotations
@@ -156,11 +157,17 @@ def begin_load(word_address: int, slot: int) -> bool:
             return True
 
 
-@kernel(types.void(types.int64, types.int64, types.int64, types.int64))
-def publish(word_address: int, resident_row: int, expert: int, slot: int) -> None:
+@inner
+def make_resident(word_address: int, resident_row: int, expert: int, slot: int) -> None:
     """LOADING(slot) to RESIDENT(slot), then the bitmap: the load becomes visible here and nowhere else."""
     if cas(word_address, pack_expert(LOADING, 0, slot, 0), pack_expert(RESIDENT, 0, slot, 0)):  # linearization point
         fetch_or(resident_row + (expert >> 6) * WORD, 1 << (expert & 63))
+
+
+@kernel(types.void(types.int64, types.int64, types.int64, types.int64))
+def publish(word_address: int, resident_row: int, expert: int, slot: int) -> None:
+    """`make_resident`, from Python."""
+    make_resident(word_address, resident_row, expert, slot)
 
 
 @kernel(types.void(types.int64, types.int64, types.int64, types.int64))

@@ -11,8 +11,12 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
+from shmroute.config import RuntimeConfig
 from shmroute.errors import SegmentLayoutError
+from shmroute.shared.atomic import store
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import SLOT_HEADER_BYTES, SLOT_LENGTH, SLOT_OWNER, SLOT_PRECISION
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import pack_wait
@@ -21,6 +25,26 @@ T = TypeVar("T")
 
 PRECISIONS = {"": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 """How a slot header names the encoding of its bytes; "" is for bytes without a meaning."""
+
+
+def precision_of(config: RuntimeConfig) -> int:
+    """How slot headers name the encoding of a runtime's experts."""
+    return PRECISIONS[config.tensors[0].dtype if config.tensors else ""]
+
+
+@inner
+def describe_slot(headers: int, slot: int, layer: int, expert: int, precision: int, length: int) -> None:
+    """Write a slot's header, before the expert is published. `headers` is the address of slot 0's."""
+    header = headers + slot * SLOT_HEADER_BYTES
+    store(header + SLOT_OWNER, pack_wait(layer, expert))
+    store(header + SLOT_PRECISION, precision)
+    store(header + SLOT_LENGTH, length)
+
+
+@kernel(types.void(*[types.int64] * 6))
+def write_slot_header(headers: int, slot: int, layer: int, expert: int, precision: int, length: int) -> None:
+    """`describe_slot`, from Python."""
+    describe_slot(headers, slot, layer, expert, precision, length)
 
 
 class ExpertWeights(Mapping[str, npt.NDArray[Any]]):
@@ -83,12 +107,8 @@ class Pool:
 
     def describe(self, slot: int, layer: int, expert: int) -> None:
         """Write a slot's header, before the expert is published."""
-        config = self._segment.config
-        header = self._segment.layout.slot_headers + slot * SLOT_HEADER_BYTES
-        precision = config.tensors[0].dtype if config.tensors else ""
-        self._segment.write(header + SLOT_OWNER, pack_wait(layer, expert))
-        self._segment.write(header + SLOT_PRECISION, PRECISIONS[precision])
-        self._segment.write(header + SLOT_LENGTH, config.expert_bytes)
+        config, headers = self._segment.config, self._segment.address + self._segment.layout.slot_headers
+        write_slot_header(headers, slot, layer, expert, precision_of(config), config.expert_bytes)
 
     def forget(self) -> None:
         """Drop the views kept here, so that the segment can be unmapped."""

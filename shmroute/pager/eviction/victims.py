@@ -272,6 +272,8 @@ class Eviction:
     ----------
     owners : ndarray
         int64 [slots]: the key ``layer * num_experts + expert`` in each slot, -1 if none.
+    table : int
+        Address of the table's words.
     """
 
     def __init__(self, tables: Tables, powers: npt.NDArray[np.float64]) -> None:
@@ -280,6 +282,7 @@ class Eviction:
         self._powers = powers
         self._placed: dict[int, npt.NDArray[np.int64] | npt.NDArray[np.float64]] = {}
         self._words = words = np.zeros(t.TABLE_WORDS, np.int64)
+        self.table = int(words.ctypes.data)
         self.owners = np.full(config.slots, -1, np.int64)
         self._score = np.zeros(1, np.float64)
         boost = min(config.affinity.activation_boost, config.affinity.max_score)
@@ -315,11 +318,6 @@ class Eviction:
     def _place(self, word: int, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> None:
         self._placed[word] = array
         self._words[word] = array.ctypes.data
-
-    @property
-    def table(self) -> int:
-        """Address of the table's words."""
-        return int(self._words.ctypes.data)
 
     def observe(self) -> None:
         """Take in what the workers published since the last call."""
