@@ -1,7 +1,8 @@
 """The pager: one loop that drains the ring, publishes what was loaded, starts what is wanted, sweeps and sleeps.
 
-Everything but reading files happens in the main thread, which alone writes slots' owners, the bitmap and the expert
-words' LOADING, RESIDENT and FAILED states.
+Everything but reading files happens in the main thread, which alone decides which slot an expert gets, and writes the
+bitmap and the expert words' RESIDENT and FAILED states. An I/O thread that comes to a load sets LOADING: until then the
+expert is REQUESTED, and another may overtake it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+
 from shmroute.failures import ChecksumMismatch, classify
 from shmroute.pager.loader import Load, Loader
 from shmroute.pager.prefetch.arbiter import Arbiter
-from shmroute.pager.queue import LoadQueue
+from shmroute.pager.publishing import Publisher, charge
+from shmroute.pager.queue import AWAITED, LoadQueue
 from shmroute.pager.reaper import Reaper
 from shmroute.pager.slots import Slots
 from shmroute.pager.table import ExpertTable
@@ -28,21 +33,11 @@ from shmroute.shared.experts import (
     begin_load,
     cancel,
     fail,
-    publish,
     request_expert_word,
 )
 from shmroute.shared.identity import own_identity
-from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, LANE_SHARD
-from shmroute.shared.metrics import (
-    PAGER_COUNTERS,
-    PAGER_HISTOGRAM,
-    LaneCounter,
-    PagerCounter,
-    Predictor,
-    PrefetchOutcome,
-    add,
-    count_duration,
-)
+from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER
+from shmroute.shared.metrics import PAGER_COUNTERS, PagerCounter, Predictor, PrefetchOutcome, add
 from shmroute.shared.pool import Pool
 from shmroute.shared.ring import EMPTY, ring_has_work, ring_pop
 from shmroute.shared.segment import Segment
@@ -53,7 +48,6 @@ from shmroute.shared.words import (
     PAGE_OUT,
     PREFETCH,
     REQUESTED,
-    URGENT,
     expert_priority,
     expert_state,
     identity_state,
@@ -68,6 +62,9 @@ from shmroute.sources import ExpertSource
 
 LONGEST_RETRY = 30.0
 """Upper bound of the back-off after failed loads, in seconds."""
+
+SHARE_AT_HAND = 4
+"""At most one in so many slots is emptied for a load before a thread comes to it."""
 
 
 class Pager:
@@ -89,6 +86,7 @@ class Pager:
         self._semaphore = open_semaphore(segment, None)
         self._waiters = Waiters(segment)
         self._pool = Pool(segment)
+        self._publisher = Publisher(segment)
         self._table = ExpertTable(segment)
         powers = power_table(segment.config.affinity.decay)
         self._slots = Slots(segment, self._table, powers)
@@ -99,7 +97,14 @@ class Pager:
         self._failures: dict[int, int] = {}
         self._reaper = Reaper(segment)
         self._next_sweep = 0.0
-        self._loader = Loader(source, self._settings.io_threads, self._settings.drop_page_cache, self.wake)
+        self._loader = Loader(
+            source,
+            self._settings.io_threads,
+            segment.config.slots // SHARE_AT_HAND,
+            self._settings.drop_page_cache,
+            self._begin_load,
+            self.wake,
+        )
         self._take_over()
 
     # ---------------------------------------------------------- the loop
@@ -118,6 +123,8 @@ class Pager:
                 hungry = self._dispatch(wanted)
             self._segment.write(self._layout.pager + PagerCounter.QUEUED * WORD, len(self._queue))
             self._sleep(hungry)
+        while self._loader.take_back(AWAITED + 1) is not None:
+            pass  # another pager will do it, if it is still wanted
         while self._loader.in_flight and not at_once():
             self._collect()
             time.sleep(0.001)
@@ -193,7 +200,7 @@ class Pager:
                 self._slots.evict_first(key)
             else:
                 self._enqueue(key, now, Predictor.GATE if request_speculative(request) else Predictor.HINT)
-                if key in self._queue:
+                if key in self._queue or key in self._loader:
                     self._asked_by.setdefault(key, request_lane(request))
 
     def _enqueue(self, key: int, now: float, predictor: int = Predictor.HINT) -> bool:
@@ -203,6 +210,9 @@ class Pager:
         """
         word = self._table.word(key)
         if expert_state(word) != REQUESTED:
+            return False
+        if key in self._loader:
+            self._promote(key, expert_priority(word))
             return False
         known = key in self._queue
         if self._queue.push(key, expert_priority(word), now):
@@ -221,55 +231,86 @@ class Pager:
     # ---------------------------------------------------------- loads
 
     def _dispatch(self, wanted: list[int]) -> bool:
-        """Start loads while there are threads for them, `wanted` keys first; whether a demand found no slot."""
+        """Give loads to the I/O threads, `wanted` keys first; whether a thread is idle since a demand found no slot."""
+        for key in wanted:
+            if key in self._loader:
+                self._promote(key, AWAITED)
+        chosen = self._next_load(wanted)
+        if chosen is None:
+            return False
         awaited = self._waiters.keys()
-        while self._loader.idle > 0:
-            chosen = self._next_load(wanted)
-            if chosen is None:
-                return False
+        self._slots.eviction.observe()
+        evictions, page_outs = self._slots.evictions, self._slots.page_outs
+        hungry = False
+        while chosen is not None:
             key, priority = chosen
-            evictions, page_outs = self._slots.evictions, self._slots.page_outs
             if priority == PREFETCH and not self._prefetch.still_wanted(key):
                 self._drop_prefetch(key)
-                continue
-            slot = self._slots.take(
-                awaited, functools.partial(self._prefetch.may_replace, key) if priority == PREFETCH else None
-            )
-            evictions = self._slots.evictions - evictions
-            self._count(PagerCounter.EVICTIONS, evictions)
-            self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
-            if slot is None:
-                if priority > PREFETCH:
-                    return True
-                self._drop_prefetch(key)
-                continue
-            self._queue.remove(key)
-            if not begin_load(self._table.address(key), slot):
-                self._slots.give_back(slot)
-                continue
-            self._slots.loading(slot, key)
-            self._charge(key, evictions)
-            layer, expert = self._table.split(key)
-            self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))
-        return False
+            elif self._loader.room <= 0 and not self._make_way(priority):
+                break
+            elif not self._start(key, priority, awaited):
+                if priority == PREFETCH:
+                    self._drop_prefetch(key)
+                elif not self._make_way(priority):
+                    hungry = self._loader.idle > 0
+                    break
+            chosen = self._next_load(wanted)
+        self._count(PagerCounter.EVICTIONS, self._slots.evictions - evictions)
+        self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
+        return hungry
 
-    def _charge(self, key: int, evictions: int) -> None:
+    def _start(self, key: int, priority: int, awaited: npt.NDArray[np.int64]) -> bool:
+        """Give one load to the I/O threads; False if there is no slot for it."""
+        evictions = self._slots.evictions
+        slot = self._slots.take(
+            awaited, functools.partial(self._prefetch.may_replace, key) if priority == PREFETCH else None
+        )
+        if slot is None:
+            return False
+        entry = self._queue.remove(key)
+        assert entry is not None, "what is chosen is queued"
+        self._slots.loading(slot, key)
+        layer, expert = self._table.split(key)
+        buffer = self._pool.writable(slot)
+        self._loader.submit(Load(key, layer, expert, slot, priority, buffer, entry, self._slots.evictions - evictions))
+        return True
+
+    def _promote(self, key: int, priority: int) -> None:
+        """Raise the priority of a load that no thread has come to yet."""
+        if self._loader.promote(key, priority) and priority > PREFETCH:
+            self._prefetch.overtaken(key)
+
+    def _make_way(self, priority: int) -> bool:
+        """Take back a load that no thread has come to yet, if it is less wanted; whether there was one."""
+        load = self._loader.take_back(priority)
+        if load is None:
+            return False
+        self._slots.give_back(load.slot)
+        self._queue.put_back(load.key, load.entry)
+        self._enqueue(load.key, time.monotonic())  # at its word's priority, should that have risen
+        return True
+
+    def _begin_load(self, load: Load) -> bool:
+        """REQUESTED to LOADING, in an I/O thread; False if it is not REQUESTED any more."""
+        return bool(begin_load(self._table.address(load.key), load.slot))
+
+    def _charge(self, load: Load) -> None:
         """Count a load, and what was evicted for it, for the worker that asked for it."""
-        lane = self._asked_by.pop(key, NO_LANE)
+        lane = self._asked_by.pop(load.key, NO_LANE)
         if lane >= self._segment.config.max_workers:
-            waiting = self._waiters.lanes(key)
+            waiting = self._waiters.lanes(load.key)
             if not waiting:
                 return  # found by the sweep, or this pager's own idea
             lane = waiting[0]
-        counters = self._segment.address + self._layout.lane(lane) + LANE_SHARD
-        add(counters + LaneCounter.LOADS * WORD, 1)
-        add(counters + LaneCounter.EVICTIONS * WORD, evictions)
+        charge(self._segment.address + self._layout.lane(lane), load.evictions)
 
     def _next_load(self, wanted: list[int]) -> tuple[int, int] | None:
         """What to load next: experts that workers wait for, then the queue."""
         for key in wanted:
-            if expert_state(self._table.word(key)) == REQUESTED:
-                return key, URGENT
+            if key not in self._loader and expert_state(self._table.word(key)) == REQUESTED:
+                if key not in self._queue:
+                    self._enqueue(key, time.monotonic())  # a place to come back to
+                return key, AWAITED
         while (head := self._queue.peek()) is not None:
             key, priority = head
             word = self._table.word(key)
@@ -279,53 +320,56 @@ class Pager:
             if expert_priority(word) > priority:
                 self._enqueue(key, time.monotonic())
                 continue
-            if priority == PREFETCH and self._loader.idle == 1 and self._settings.io_threads > 1:
+            if priority == PREFETCH and self._loader.idle <= (self._settings.io_threads > 1):
                 return None  # the last thread is kept for demands
             return head
         return None
 
     def _collect(self) -> None:
-        """Publish or fail every load that has ended, and wake who waits for it."""
-        for load in self._loader.completed():
-            key = self._table.key(load.layer, load.expert)
+        """Publish or fail every load that has ended, and wake who waits for them."""
+        ended = self._loader.completed()
+        for load in ended:
+            if load.refused:
+                self._slots.give_back(load.slot)
+                self._prefetch.cancelled(load.key)
+                self._enqueue(load.key, time.monotonic())  # it may have been asked for again meanwhile
+                continue
+            self._charge(load)
             if load.error is None:
-                load.error = self._verify(key, load.checksum)
-            if load.error is None:
-                self._publish(key, load)
-            else:
-                self._fail(key, load)
-            self._waiters.wake(key)
+                self._publish(load)
+            if load.error is not None:
+                self._fail(load)
+        if ended:
+            self._waiters.wake({load.key for load in ended})
 
-    def _verify(self, key: int, checksum: int) -> ChecksumMismatch | None:
-        """Compare with the first load's checksum; the first one is trusted and kept."""
-        offset = self._table.offset(self._layout.checksums, key)
-        known = self._segment.read(offset)
-        if known == 0:
-            self._segment.write(offset, checksum)
-        elif known != checksum:
+    def _publish(self, load: Load) -> None:
+        """Make a load visible, or note that its bytes are not those of the first one, which are trusted."""
+        key = load.key
+        duration = load.ended_ns - load.began_ns
+        known = self._publisher.publish(key, load.slot, load.checksum, duration, load.priority == PREFETCH)
+        if known:
             self._count(PagerCounter.CHECKSUM_MISMATCHES)
-            return ChecksumMismatch(f"xxh3 {checksum & (1 << 64) - 1:016x}, first {known & (1 << 64) - 1:016x}")
-        return None
-
-    def _publish(self, key: int, load: Load) -> None:
+            load.error = ChecksumMismatch(
+                f"xxh3 {load.checksum & (1 << 64) - 1:016x}, first {known & (1 << 64) - 1:016x}"
+            )
+            return
         self._failures.pop(key, None)
-        self._pool.describe(load.slot, load.layer, load.expert)
         self._slots.loaded(load.slot, key)
-        publish(self._table.address(key), self._table.resident_row(load.layer), load.expert, load.slot)
-        self._count(PagerCounter.LOADS)
-        self._count(PagerCounter.BYTES_READ, len(load.buffer))
-        if load.priority == PREFETCH:
-            self._count(PagerCounter.PREFETCHES)
-        seconds, now = (load.ended_ns - load.began_ns) / 1e9, time.monotonic()
+        seconds, now = duration / 1e9, time.monotonic()
         self._prefetch.loaded(key, seconds, now, demanded=load.priority > PREFETCH)
-        if load.priority == PREFETCH and (waited := self._queue.demand_waits(now)) > 0:
+        if load.priority == PREFETCH and (waited := self._demand_waits(load, now)) > 0:
             self._prefetch.delayed(key, min(waited, seconds))
-        count_duration(
-            self._segment.address + self._layout.pager + PAGER_HISTOGRAM * WORD, load.ended_ns - load.began_ns
-        )
 
-    def _fail(self, key: int, load: Load) -> None:
+    def _demand_waits(self, load: Load, now: float) -> float:
+        """How long the most wanted demand has been waiting that a load was before; 0 if there is none."""
+        following = load.followed_by
+        if following is None or following.priority == PREFETCH:
+            return self._queue.demand_waits(now)
+        return max(now - following.entry.queued_at, 0.0)
+
+    def _fail(self, load: Load) -> None:
         assert load.error is not None
+        key = load.key
         attempts = self._failures[key] = self._failures.get(key, 0) + 1
         pause = min(self._settings.retry_after * 2.0 ** min(attempts - 1, 16), LONGEST_RETRY)
         not_before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000 + int(pause * 1000)

@@ -1,7 +1,8 @@
 """Loads: a few threads that read experts straight into their slots.
 
-The threads touch no shared word but the bell. They are threads of the pager, never processes, so that the release of
-the pager's lock at its death proves that nobody writes a slot any more.
+The threads touch no shared words but the bell and, through `begin`, the word of the expert that they come to. They are
+threads of the pager, never processes, so that the release of the pager's lock at its death proves that nobody writes a
+slot any more.
 """
 
 from __future__ import annotations
@@ -16,34 +17,56 @@ from dataclasses import dataclass
 
 import xxhash
 
+from shmroute.pager.queue import QueueEntry
 from shmroute.sources import ExpertSource
 
+AT_HAND = 1e-3
+"""Seconds' worth of loads that each thread has before it. Within that the main thread gets a core, even if I/O threads
+keep all of them busy."""
+MOST_AT_HAND = 16
+"""How many that is at most; at least it is one."""
 
-@dataclass
+
+@dataclass(slots=True, eq=False)
 class Load:
-    """One load, from its start to its end.
+    """One load, from its request to its end.
 
     Attributes
     ----------
-    layer, expert, slot, priority : int
+    key, layer, expert, slot : int
+    priority : int
+        As `LoadQueue` has it, or `AWAITED`.
+    entry : QueueEntry
+        Its place in the pager's queue, should it have to go back there.
+    evictions : int
+        Experts that were evicted for it.
     buffer : memoryview
         The slot's bytes.
     began_ns, ended_ns : int
-        CLOCK_MONOTONIC.
+        CLOCK_MONOTONIC; 0 before.
+    refused : bool
+        Its expert was not requested any more when a thread came to it.
     checksum : int
         xxh3 of the bytes, as a signed 64-bit word that is never 0.
     error : BaseException or None
+    followed_by : Load or None
+        What was to be loaded next when this one ended.
     """
 
+    key: int
     layer: int
     expert: int
     slot: int
     priority: int
     buffer: memoryview
+    entry: QueueEntry
+    evictions: int = 0
     began_ns: int = 0
     ended_ns: int = 0
+    refused: bool = False
     checksum: int = 0
     error: BaseException | None = None
+    followed_by: Load | None = None
 
 
 def checksum_word(buffer: memoryview) -> int:
@@ -53,43 +76,109 @@ def checksum_word(buffer: memoryview) -> int:
 
 
 class Loader:
-    """A pool of I/O threads.
+    """A pool of I/O threads with some more loads at hand, so that they need not wait for the main thread in between.
+
+    A load that no thread has come to yet can be overtaken, and taken back.
+
+    Every load that was submitted is in `_waiting` until one thread, or the main thread with `promote` or `take_back`,
+    removes it: each removal is one atomic operation of the deque. For each insertion there is a call in `_calls`, put
+    there afterwards, so a load that waits is always followed by a call; a call too many finds nothing to do.
 
     Parameters
     ----------
     source : ExpertSource
     threads : int
+    most : int
+        Loads under way and at hand at most, if that is more than two for each thread: each has a slot already.
     drop_page_cache : bool
         After a load, drop the file pages it came from.
+    begin : callable
+        Called in an I/O thread that comes to a load; whether the load is still wanted.
     when_done : callable
-        Called in an I/O thread after each load has been put where `completed` finds it.
+        Called in an I/O thread after each load has been put where `completed` finds it, and before the file pages it
+        came from are dropped: nobody waits for that.
     """
 
     def __init__(
-        self, source: ExpertSource, threads: int, drop_page_cache: bool, when_done: Callable[[], None]
+        self,
+        source: ExpertSource,
+        threads: int,
+        most: int,
+        drop_page_cache: bool,
+        begin: Callable[[Load], bool],
+        when_done: Callable[[], None],
     ) -> None:
         self._source = source
         self._drop_page_cache = drop_page_cache
+        self._begin = begin
         self._when_done = when_done
-        self._jobs: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._waiting: deque[Load] = deque()
         self._done: deque[Load] = deque()
-        self.in_flight = 0
+        self._loads: dict[int, Load] = {}
+        self._most = max(most, 2 * threads)
+        self._pace = 0.0  # seconds that the last load took
         self._threads = [
             threading.Thread(target=self._work, name=f"shmroute-io-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._loads
+
+    @property
+    def in_flight(self) -> int:
+        """Loads that were submitted and neither collected nor taken back."""
+        return len(self._loads)
+
     @property
     def idle(self) -> int:
         """Threads without a load. Loads that ended but were not collected count as under way."""
-        return len(self._threads) - self.in_flight
+        return max(len(self._threads) - len(self._loads), 0)
+
+    @property
+    def room(self) -> int:
+        """How many more loads may be submitted."""
+        at_hand = min(max(int(AT_HAND / self._pace), 1), MOST_AT_HAND) if self._pace else 1
+        return min((1 + at_hand) * len(self._threads), self._most) - len(self._loads)
 
     def submit(self, load: Load) -> None:
-        """Start a load. The caller has seen `idle` above 0."""
-        self.in_flight += 1
-        load.began_ns = time.monotonic_ns()
-        self._jobs.put(load)
+        """Have a load done, before those of lower priority that no thread has come to. There is `room`."""
+        self._loads[load.key] = load
+        self._insert(load)
+
+    def promote(self, key: int, priority: int) -> bool:
+        """Raise the priority of a load that was submitted, unless a thread has come to it; whether it was raised."""
+        load = self._loads[key]
+        if load.priority >= priority:
+            return False
+        try:
+            self._waiting.remove(load)
+        except ValueError:
+            return False
+        load.priority = priority
+        self._insert(load)
+        return True
+
+    def _insert(self, load: Load) -> None:
+        less_wanted = sum(other.priority < load.priority for other in self._waiting.copy())
+        if less_wanted:
+            self._waiting.insert(-less_wanted, load)  # from the end, which threads that take loads do not move
+        else:
+            self._waiting.append(load)
+        self._calls.put(True)
+
+    def take_back(self, below: int) -> Load | None:
+        """Undo the submission of the least wanted load that no thread has come to, if its priority is below a value."""
+        try:
+            if self._waiting[-1].priority >= below:
+                return None
+            load = self._waiting.pop()  # the same one: threads take from the other end
+        except IndexError:
+            return None
+        del self._loads[load.key]
+        return load
 
     @property
     def has_completed(self) -> bool:
@@ -101,26 +190,43 @@ class Loader:
         loads = []
         while self._done:
             loads.append(self._done.popleft())
-        self.in_flight -= len(loads)
+        for load in loads:
+            del self._loads[load.key]
         return loads
 
     def close(self) -> None:
-        """End the threads, after the loads that are under way."""
+        """End the threads, after the loads that they have come to."""
+        self._waiting.clear()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._calls.put(False)
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
-        while (load := self._jobs.get()) is not None:
+        while self._calls.get():
             try:
-                self._source.read_into(load.layer, load.expert, load.buffer)
-                load.checksum = checksum_word(load.buffer)
-                if self._drop_page_cache:
-                    with contextlib.suppress(OSError):  # advice that is not taken costs memory, not the load
-                        self._source.drop_page_cache(load.layer, load.expert)
-            except BaseException as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the thread
-                load.error = error
+                load = self._waiting.popleft()
+            except IndexError:  # it was taken back
+                continue
+            load.began_ns = time.monotonic_ns()
+            self._carry_out(load)
             load.ended_ns = time.monotonic_ns()
+            if load.error is None and not load.refused:
+                self._pace = (load.ended_ns - load.began_ns) / 1e9
+            with contextlib.suppress(IndexError):
+                load.followed_by = self._waiting[0]
             self._done.append(load)
             self._when_done()
+            if self._drop_page_cache and load.error is None and not load.refused:
+                with contextlib.suppress(OSError):  # advice that is not taken costs memory, not the load
+                    self._source.drop_page_cache(load.layer, load.expert)
+
+    def _carry_out(self, load: Load) -> None:
+        try:
+            if self._begin(load):
+                self._source.read_into(load.layer, load.expert, load.buffer)
+                load.checksum = checksum_word(load.buffer)
+            else:
+                load.refused = True
+        except BaseException as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the thread
+            load.error = error

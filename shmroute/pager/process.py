@@ -43,6 +43,10 @@ LOCK_PATIENCE = 3.0
 
 START_TIMEOUT = 60.0
 
+SWITCH_INTERVAL = 50e-6
+"""Seconds for which the pager's main thread keeps the GIL from an I/O thread that has read an expert: it has another
+to read, and each millisecond's wait is ten megabytes."""
+
 
 class Outcome(Enum):
     """How a pager's work ended."""
@@ -128,7 +132,7 @@ def run_pager(
         with contextlib.suppress(OSError):  # whoever listened may be gone
             announce(message)
 
-    with StopRequests().installed() as requests, PagerLock(segment) as lock:
+    with StopRequests().installed() as requests, PagerLock(segment) as lock, _short_turns():
         if not _acquire(segment, lock, requests, standby, tell):
             return Outcome.CLOSED if segment.closing else Outcome.NOT_NEEDED
         pager = Pager(segment, open_configured_source(segment.config))
@@ -148,6 +152,17 @@ def run_pager(
         if stop.outcome in (Outcome.REMOVED, Outcome.CLOSED):
             _see_removal_through(segment, requests)
         return stop.outcome
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Have threads take turns every `SWITCH_INTERVAL`, for the length of a block."""
+    former = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(former)
 
 
 def _see_removal_through(segment: Segment, requests: StopRequests) -> None:

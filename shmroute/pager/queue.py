@@ -5,14 +5,19 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from shmroute.shared.words import PREFETCH
+from shmroute.shared.words import PREFETCH, URGENT
+
+AWAITED = URGENT + 1
+"""Above any priority of a word: a worker waits for this very expert."""
 
 SLACK = 64
 """Places of removed or upgraded loads that may stay in the heap."""
 
 
 @dataclass(frozen=True)
-class _Entry:
+class QueueEntry:
+    """A load's place in the queue."""
+
     priority: int
     queued_at: float
     arrival: int
@@ -26,7 +31,7 @@ class LoadQueue:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, QueueEntry] = {}
         self._heap: list[tuple[int, int, int]] = []
         self._arrivals = 0
 
@@ -42,7 +47,7 @@ class LoadQueue:
         if known is not None and known.priority >= priority:
             return False
         self._arrivals += 1
-        self._entries[key] = _Entry(priority, now, self._arrivals)
+        self._entries[key] = QueueEntry(priority, now, self._arrivals)
         heapq.heappush(self._heap, (-priority, self._arrivals, key))
         if len(self._heap) > 2 * len(self._entries) + SLACK:
             self._heap = [(-entry.priority, entry.arrival, key) for key, entry in self._entries.items()]
@@ -66,9 +71,14 @@ class LoadQueue:
             return 0.0
         return max(now - self._entries[head[0]].queued_at, 0.0)
 
-    def remove(self, key: int) -> None:
-        """Take a load out, if it is there."""
-        self._entries.pop(key, None)
+    def remove(self, key: int) -> QueueEntry | None:
+        """Take a load out, if it is there; what `put_back` needs to undo that."""
+        return self._entries.pop(key, None)
+
+    def put_back(self, key: int, entry: QueueEntry) -> None:
+        """Undo a `remove`: the load has its former place."""
+        self._entries[key] = entry
+        heapq.heappush(self._heap, (-entry.priority, entry.arrival, key))
 
     def stale_prefetches(self, before: float) -> list[int]:
         """Prefetches queued before a time."""

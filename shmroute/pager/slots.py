@@ -61,7 +61,7 @@ class Slots:
             self._evict_first[key] = None
 
     def take(self, awaited: npt.NDArray[np.int64], may_go: Callable[[int], bool] | None = None) -> int | None:
-        """A slot for a load, or None if there is none to be had.
+        """A slot for a load, or None if there is none to be had. To be called after `Eviction.observe`.
 
         Parameters
         ----------
@@ -70,7 +70,6 @@ class Slots:
         may_go : callable, optional
             Whether the expert of a key, which is the first to go, may go for this load; any may by default.
         """
-        self.eviction.observe()  # here, where it counts, and in every sweep
         if self._free:
             return self._free.pop()
         for key in list(self._evict_first):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 from numba import types
@@ -14,26 +16,29 @@ from shmroute.shared.segment import Segment
 from shmroute.shared.words import EXPERT_BITS, LAYER_SHIFT
 
 
-@kernel(types.void(types.int64, types.int64, types.int64, types.int64))
-def read_wait_words(lanes: int, lane_bytes: int, count: int, out: int) -> None:
-    """Copy every lane's wait word to int64 [count] at `out`."""
-    waits = i64_array(out, count)
-    for lane in range(count):
-        waits[lane] = load(lanes + lane * lane_bytes + LANE_WAIT)
-
-
-def awaited_by_lane(segment: Segment) -> npt.NDArray[np.int64]:
-    """int64 [max_workers]: the key ``layer * num_experts + expert`` that each lane waits for, -1 for none.
+@kernel(types.void(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64))
+def read_awaited(lanes: int, lane_bytes: int, count: int, num_layers: int, num_experts: int, out: int) -> None:
+    """Write to int64 [count] at `out` which key each lane waits for, -1 for none.
 
     A word that names no possible expert (a buggy peer) counts as none.
     """
+    keys = i64_array(out, count)
+    for lane in range(count):
+        named = load(lanes + lane * lane_bytes + LANE_WAIT) - 1
+        layer, expert = named >> LAYER_SHIFT, named & ((1 << EXPERT_BITS) - 1)
+        possible = named >= 0 and layer < num_layers and expert < num_experts
+        keys[lane] = layer * num_experts + expert if possible else -1
+
+
+def awaited_by_lane(segment: Segment) -> npt.NDArray[np.int64]:
+    """int64 [max_workers]: the key ``layer * num_experts + expert`` that each lane waits for, -1 for none."""
     config, layout = segment.config, segment.layout
-    waits = np.empty(config.max_workers, np.int64)
-    read_wait_words(segment.address + layout.lanes, layout.lane_bytes, config.max_workers, waits.ctypes.data)
-    named = waits - 1
-    layer, expert = named >> LAYER_SHIFT, named & ((1 << EXPERT_BITS) - 1)
-    possible = (waits > 0) & (layer < config.num_layers) & (expert < config.num_experts)
-    return np.where(possible, layer * config.num_experts + expert, -1)
+    keys = np.empty(config.max_workers, np.int64)
+    read_awaited(
+        segment.address + layout.lanes, layout.lane_bytes, config.max_workers, config.num_layers, config.num_experts,
+        keys.ctypes.data,
+    )  # fmt: skip
+    return keys
 
 
 class Waiters:
@@ -70,20 +75,21 @@ class Waiters:
 
     def lanes(self, key: int) -> list[int]:
         """The lanes that wait for an expert."""
-        found: list[int] = np.flatnonzero(awaited_by_lane(self._segment) == key).tolist()
-        return found
+        return [lane for lane, awaited in enumerate(awaited_by_lane(self._segment).tolist()) if awaited == key]
 
-    def wake(self, key: int) -> None:
-        """Ring the bell of every lane that waits for an expert, or for another of its layer. (wait word / expert word)
+    def wake(self, keys: Iterable[int]) -> None:
+        """Ring the bell of every lane that waits for one of some experts, or for another of its layer.
 
         A worker names one of the experts that it needs of a layer, and takes whichever comes first.
+        (wait word / expert word)
         """
         num_experts = self._segment.config.num_experts
-        layers = awaited_by_lane(self._segment) // num_experts
-        for lane in np.flatnonzero(layers == key // num_experts).tolist():
-            if lane not in self._semaphores:
-                self._semaphores[lane] = open_semaphore(self._segment, lane)
-            ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphores[lane])
+        layers = {key // num_experts for key in keys}
+        for lane, key in enumerate(awaited_by_lane(self._segment).tolist()):
+            if key >= 0 and key // num_experts in layers:
+                if lane not in self._semaphores:
+                    self._semaphores[lane] = open_semaphore(self._segment, lane)
+                ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphores[lane])
 
     def close(self) -> None:
         """Close the semaphores."""

@@ -56,6 +56,18 @@ def test_a_load_that_was_removed_comes_back_at_the_end_of_the_line() -> None:
     assert drain(queue) == [2, 3, 1]
 
 
+def test_a_load_that_is_put_back_has_its_former_place() -> None:
+    queue = LoadQueue()
+    for key in (1, 2, 3):
+        queue.push(key, NORMAL, 0.0)
+    entry = queue.remove(1)
+    assert entry is not None
+    assert 1 not in queue
+    assert queue.peek() == (2, NORMAL)
+    queue.put_back(1, entry)
+    assert drain(queue) == [1, 2, 3]
+
+
 def test_only_old_prefetches_are_stale() -> None:
     queue = LoadQueue()
     queue.push(1, PREFETCH, 1.0)

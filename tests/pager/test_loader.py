@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmroute.pager.loader import Load, Loader, checksum_word
-from shmroute.shared.words import URGENT
+from shmroute.pager.loader import AT_HAND, Load, Loader, checksum_word
+from shmroute.pager.queue import AWAITED, QueueEntry
+from shmroute.shared.words import NORMAL, URGENT
 from shmroute.sources.synthetic import SyntheticSource
 
 PATIENCE = 30.0
@@ -37,8 +41,28 @@ class Source(SyntheticSource):
         self.dropped.append((layer, expert))
 
 
-def load_of(source: Source, layer: int, expert: int) -> Load:
-    return Load(layer, expert, 0, URGENT, memoryview(bytearray(source.geometry.expert_bytes)))
+def load_of(source: Source, layer: int, expert: int, priority: int = URGENT) -> Load:
+    buffer = memoryview(bytearray(source.geometry.expert_bytes))
+    return Load(4 * layer + expert, layer, expert, 0, priority, buffer, QueueEntry(priority, 0.0, 0))
+
+
+def loader_of(
+    source: Source,
+    threads: int = 1,
+    *,
+    most: int = 0,
+    drop: bool = True,
+    begin: Callable[[Load], bool] = lambda load: True,
+    when_done: Callable[[], None] = lambda: None,
+) -> Loader:
+    return Loader(source, threads, most, drop, begin, when_done)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def collect(loader: Loader, count: int) -> list[Load]:
@@ -53,7 +77,7 @@ def collect(loader: Loader, count: int) -> list[Load]:
 
 def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
     source, called = Source(), []
-    loader = Loader(source, 1, True, lambda: called.append(1))
+    loader = loader_of(source, when_done=lambda: called.append(1))
     loader.submit(load_of(source, 1, 0))
     assert loader.in_flight == 1
     (load,) = collect(loader, 1)
@@ -63,14 +87,14 @@ def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
     assert load.error is None
     assert load.checksum == checksum_word(memoryview(expected))
     assert 0 < load.began_ns <= load.ended_ns
-    assert source.dropped == [(1, 0)]
     loader.close()
+    assert source.dropped == [(1, 0)]
     assert called == [1]
 
 
 def test_pages_are_dropped_only_if_asked() -> None:
     source = Source()
-    loader = Loader(source, 1, False, lambda: None)
+    loader = loader_of(source, drop=False)
     loader.submit(load_of(source, 0, 0))
     collect(loader, 1)
     loader.close()
@@ -84,7 +108,7 @@ def test_a_load_does_not_fail_for_advice_that_the_kernel_refuses(monkeypatch: py
         raise OSError(29, "Illegal seek")
 
     monkeypatch.setattr(source, "drop_page_cache", refuse)
-    loader = Loader(source, 1, True, lambda: None)
+    loader = loader_of(source)
     loader.submit(load_of(source, 0, 0))
     assert [load.error for load in collect(loader, 1)] == [None]
     loader.close()
@@ -92,12 +116,9 @@ def test_a_load_does_not_fail_for_advice_that_the_kernel_refuses(monkeypatch: py
 
 def test_a_load_is_under_way_until_it_is_collected() -> None:
     source = Source()
-    loader = Loader(source, 2, True, lambda: None)
+    loader = loader_of(source, 2)
     loader.submit(load_of(source, 0, 0))
-    deadline = time.monotonic() + PATIENCE
-    while not loader.has_completed:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: loader.has_completed)
     assert (loader.idle, loader.in_flight) == (1, 1)
     assert len(loader.completed()) == 1
     assert (loader.idle, loader.in_flight, loader.has_completed) == (2, 0, False)
@@ -106,7 +127,7 @@ def test_a_load_is_under_way_until_it_is_collected() -> None:
 
 def test_a_slow_load_does_not_hold_up_the_other_thread() -> None:
     source = Source()
-    loader = Loader(source, 2, True, lambda: None)
+    loader = loader_of(source, 2)
     for expert in (2, 0):
         loader.submit(load_of(source, 0, expert))
     assert [load.expert for load in collect(loader, 1)] == [0]
@@ -120,7 +141,7 @@ def test_a_slow_load_does_not_hold_up_the_other_thread() -> None:
 )
 def test_whatever_the_source_raises_ends_the_load_and_not_the_thread(error: BaseException) -> None:
     source = Source(error)
-    loader = Loader(source, 1, True, lambda: None)
+    loader = loader_of(source)
     loader.submit(load_of(source, 0, 3))
     assert [load.error for load in collect(loader, 1)] == [error]
     loader.submit(load_of(source, 0, 1))
@@ -128,10 +149,10 @@ def test_whatever_the_source_raises_ends_the_load_and_not_the_thread(error: Base
     loader.close()
 
 
-def test_closing_waits_for_the_load_under_way() -> None:
+def test_closing_waits_for_the_load_under_way_and_for_no_other() -> None:
     source = Source()
-    loader = Loader(source, 1, True, lambda: None)
-    loader.submit(load_of(source, 0, 2))
+    loader, order = blocked(source)
+    loader.submit(load_of(source, 0, 1))
     closer = threading.Thread(target=loader.close)
     closer.start()
     closer.join(0.05)
@@ -139,7 +160,104 @@ def test_closing_waits_for_the_load_under_way() -> None:
     source.opened.set()
     closer.join(PATIENCE)
     assert [load.error for load in loader.completed()] == [None]
+    assert order == [2]
     assert not any(thread.is_alive() for thread in loader._threads)
+
+
+def blocked(source: Source, **settings: Any) -> tuple[Loader, list[int]]:
+    """A loader of one thread that has come to expert 2 of layer 0 and waits there, and the order of its loads."""
+    order: list[int] = []
+
+    def begin(load: Load) -> bool:
+        order.append(load.expert)
+        return True
+
+    loader = loader_of(source, begin=begin, **settings)
+    loader.submit(load_of(source, 0, 2))
+    wait_until(lambda: order)
+    return loader, order
+
+
+def test_a_thread_has_a_load_at_hand() -> None:
+    source = Source()
+    loader, _ = blocked(source)
+    assert (loader.idle, loader.room) == (0, 1)
+    loader.submit(load_of(source, 0, 0))
+    assert (loader.idle, loader.room) == (0, 0)
+    source.opened.set()
+    assert [load.expert for load in collect(loader, 2)] == [2, 0]
+    loader.close()
+
+
+def test_quick_loads_are_at_hand_in_numbers() -> None:
+    loader = loader_of(Source(), 2, most=24)
+    rooms = []
+    for pace in (0.0, 2 * AT_HAND, AT_HAND / 4, AT_HAND / 8, AT_HAND / 1000):
+        loader._pace = pace
+        rooms.append(loader.room)
+    assert rooms == [4, 4, 10, 18, 24]
+    loader.close()
+
+
+def test_the_more_wanted_overtakes_what_no_thread_has_come_to() -> None:
+    source = Source()
+    loader, order = blocked(source, most=9)
+    for layer, expert, priority in ((1, 0, NORMAL), (1, 1, URGENT), (0, 0, NORMAL), (0, 1, URGENT)):
+        loader.submit(load_of(source, layer, expert, priority))
+    assert loader.promote(0, AWAITED)
+    assert not loader.promote(0, AWAITED), "it has that priority"
+    assert not loader.promote(2, AWAITED), "it is under way"
+    source.opened.set()
+    loads = collect(loader, 5)
+    assert order == [2, 0, 1, 1, 0]
+    assert [load.followed_by for load in loads] == [*loads[1:], None]
+    loader.close()
+
+
+def test_what_is_promoted_while_a_thread_looks_for_it_is_loaded_all_the_same() -> None:
+    source = Source()
+    loader, _ = blocked(source)
+
+    class Pausing(deque[Load]):
+        def remove(self, load: Load) -> None:
+            super().remove(load)
+            source.opened.set()
+            wait_until(lambda: loader.has_completed and loader._calls.empty())  # a thread has come, and found nothing
+
+    loader._waiting = Pausing()
+    loader.submit(load_of(source, 0, 0, NORMAL))
+    assert loader.promote(0, URGENT)
+    assert [load.key for load in collect(loader, 2)] == [2, 0]
+    loader.close()
+
+
+def test_the_least_wanted_is_taken_back_and_not_loaded() -> None:
+    source = Source()
+    loader, order = blocked(source)
+    assert loader.take_back(AWAITED + 1) is None, "a thread has come to the only one"
+    load = load_of(source, 1, 0, NORMAL)
+    loader.submit(load)
+    assert loader.take_back(NORMAL) is None
+    assert loader.take_back(URGENT) is load
+    assert (loader.in_flight, load.key in loader) == (1, False)
+    loader.submit(load_of(source, 1, 1))
+    source.opened.set()
+    collect(loader, 2)
+    loader.close()
+    assert order == [2, 1]
+    assert bytes(load.buffer) == bytes(len(load.buffer))
+
+
+def test_what_is_not_wanted_any_more_is_not_read() -> None:
+    source = Source()
+    loader = loader_of(source, begin=lambda load: False)
+    load = load_of(source, 0, 0)
+    loader.submit(load)
+    assert collect(loader, 1) == [load]
+    loader.close()
+    assert load.refused
+    assert bytes(load.buffer) == bytes(len(load.buffer))
+    assert source.dropped == []
 
 
 @given(st.binary(max_size=64))

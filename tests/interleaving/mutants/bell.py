@@ -65,7 +65,7 @@ BELL = (
         "waiters not woken",
         "a finished load wakes who waits for it",
         "pager.daemon:Pager._collect",
-        (("            self._waiters.wake(key)\n", ""),),
+        (("            self._waiters.wake({load.key for load in ended})\n", "            pass\n"),),
         ("one-slot",),
     ),
 )

@@ -74,15 +74,36 @@ LEASES = (
     Mutant(
         "publish before the load is done",
         "RESIDENT is written after the last byte",
-        "pager.daemon:Pager._dispatch",
+        "pager.daemon:Pager._begin_load",
         (
             (
-                "            self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))",
-                "            self._loader.submit(Load(layer, expert, slot, priority, self._pool.writable(slot)))\n"
-                "            publish(self._table.address(key), self._table.resident_row(layer), expert, slot)",
+                "        return bool(begin_load(self._table.address(load.key), load.slot))",
+                "        begin_load(self._table.address(load.key), load.slot)\n"
+                "        self._publisher.publish(load.key, load.slot, 1, 0, False)\n"
+                "        return True",
             ),
         ),
         ("shared", "one-slot"),
+    ),
+    Mutant(
+        "what was taken back is loaded",
+        "a load that is taken back is no thread's any more: its slot is another's",
+        "pager.loader:Loader.take_back",
+        (("            load = self._waiting.pop()", "            load = self._waiting[-1]"),),
+        ("overtaking",),
+    ),
+    Mutant(
+        "what was overtaken is forgotten",
+        "a load that is taken back is queued again",
+        "pager.daemon:Pager._make_way",
+        (
+            (
+                "        self._queue.put_back(load.key, load.entry)\n"
+                "        self._enqueue(load.key, time.monotonic())  # at its word's priority, should that have risen\n",
+                "",
+            ),
+        ),
+        ("overtaking",),
     ),
     Mutant(
         "a demanded prefetch is cancelled",
@@ -112,8 +133,8 @@ LEASES = (
         "pager.daemon:Pager._publish",
         (
             (
-                "load.expert, load.slot)\n",
-                "load.expert, load.slot)\n        from shmroute.shared.atomic import fetch_or\n"
+                "        self._slots.loaded(load.slot, key)\n",
+                "        self._slots.loaded(load.slot, key)\n        from shmroute.shared.atomic import fetch_or\n"
                 "        for lane in self._waiters.lanes(key):\n"
                 "            fetch_or(self._table.address(key), 1 << lane)\n",
             ),

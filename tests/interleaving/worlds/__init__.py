@@ -40,6 +40,7 @@ WORLDS: dict[str, type[World]] = {
     "routing": paging.Routing,
     "shared": paging.Shared,
     "crowd": paging.Crowd,
+    "overtaking": paging.Overtaking,
     "threads": paging.Threads,
     "takeover": paging.Takeover,
     "takeover-of-one-slot": paging.TakeoverOfOneSlot,

@@ -306,6 +306,14 @@ class Crowd(Paging):
     deaths = 2
 
 
+class Overtaking(Paging):
+    """What a worker waits for overtakes what is merely at hand, and takes its slot."""
+
+    title = "four experts, two slots, one I/O thread: a load at hand is overtaken or taken back"
+    config = settings(experts=4, slots=2, workers=2)
+    demands = (((0, 1, 2),), (3,))
+
+
 class Takeover(Paging):
     title = "a pager that dies at any step, and its standby"
     config = settings(experts=2, slots=2, workers=2)
