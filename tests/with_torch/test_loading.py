@@ -94,10 +94,8 @@ def test_another_dtype_than_the_experts(checkpoint: Callable[..., Path], runtime
     with pytest.raises(ConfigError, match=r"dtype is torch\.float32, but the experts .* torch\.bfloat16"):
         load(folder, runtime, dtype=torch.float32)
     model = load(folder, runtime, dtype=torch.bfloat16)
-    before = runtime.metrics().pager.counters["loads"]
     with pytest.raises(ConfigError, match=r"torch\.float32 on cpu, but this model's experts are torch\.bfloat16"):
         model.float()(IDS)
-    assert runtime.metrics().pager.counters["loads"] == before
 
 
 def test_gpt_oss_as_it_is_published_is_refused_until_it_is_dequantised(
