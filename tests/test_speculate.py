@@ -61,6 +61,19 @@ def test_a_batch_asks_for_each_expert_once_those_of_most_weight_first(runtime: R
     assert requests[0].expert == np.bincount(chosen.ravel()).argmax()
 
 
+def test_logits_that_were_estimated_elsewhere(runtime: Runtime, hidden: np.ndarray) -> None:
+    logits = hidden[:3, 2] @ runtime.gate(4).T
+    requests = runtime.expect(4, logits)
+    assert {request.expert for request in requests} == set(np.argsort(-logits, axis=1)[:, :2].ravel().tolist())
+    assert {request.layer for request in requests} == {4}
+    assert runtime.expect(4, logits[0]) == []  # requested already
+    for wrong in (logits[:, :7], logits.astype(np.float64), np.full(8, np.nan, np.float32), [1.0] * 8):
+        with pytest.raises(ValueError, match=r"logits must be finite float32 \[8\] or \[T, 8\]"):
+            runtime.expect(4, wrong)
+    with pytest.raises(ValueError, match="layer"):
+        runtime.expect(6, logits)
+
+
 def test_what_a_router_adds_to_its_logits_counts(tmp_path: Path, runtime: Runtime) -> None:
     """Of all families only gpt-oss has such a bias."""
     assert runtime.gate_bias(3) is None

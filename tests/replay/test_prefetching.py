@@ -71,7 +71,7 @@ def recorded(tokens: int, workers: int = 1) -> tuple[Accesses, list[list[int]]]:
     for number, step in enumerate(np.argsort(accesses.workers, kind="stable").tolist()):
         token, layer = divmod(number, LAYERS)
         if layer < LAYERS - 1:
-            expected = expected_experts(hidden[token, layer], gates[layer + 1], 2)
+            expected = expected_experts(hidden[None, token, layer] @ gates[layer + 1].T, 2)
             speculated[step] = [(layer + 1) * EXPERTS + expert for expert in expected]
     return accesses, speculated
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from shmroute.config import RuntimeConfig
 from shmroute.errors import ConfigError
 from shmroute.runtime import Runtime
 from shmroute.shared.pool import ExpertWeights
@@ -82,45 +83,23 @@ class TransposedProjections:
         return torch.mm(inner, self.down).add_(self.down_bias)
 
 
-class SharedExperts:
-    """One layer's experts in the runtime; what an experts module refers to instead of holding weights.
+class ExpertViews:
+    """Makes torch's views of a runtime's experts; one for all layers, since a slot holds experts of any.
 
     Parameters
     ----------
-    runtime : Runtime
-    layer : int
-        Of the runtime.
-    timeout : float
-        Seconds to wait for an expert.
+    config : RuntimeConfig
     """
 
-    def __init__(self, runtime: Runtime, layer: int, timeout: float) -> None:
-        self._runtime, self._layer, self._timeout = runtime, layer, timeout
-        self._layouts = {tensor.name: tensor for tensor in runtime.config.tensors}
-        self._dtype = DTYPES[runtime.config.tensors[0].dtype]
-        self._projections: Callable[[ExpertWeights], Projections | TransposedProjections]
-        self._projections = self._transposed if "gate_up" in self._layouts else self._separate
+    def __init__(self, config: RuntimeConfig) -> None:
+        self._layouts = {tensor.name: tensor for tensor in config.tensors}
+        self.dtype = DTYPES[config.tensors[0].dtype]
+        self._make: Callable[[ExpertWeights], Projections | TransposedProjections]
+        self._make = self._transposed if "gate_up" in self._layouts else self._separate
 
-    def compute(
-        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The weighted sum of each token's experts, [T, H]; the arguments are those of Transformers' interface."""
-        if hidden_states.dtype != self._dtype or hidden_states.device.type != "cpu":
-            raise ConfigError(
-                f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
-                f"{self._dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
-            )
-        tokens, top_k = top_k_index.shape
-        hidden = hidden_states.detach()
-        outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
-        chosen = self._runtime.experts(self._layer, top_k_index.numpy(), self._timeout)
-        with torch.no_grad(), closing(chosen):  # type: ignore[type-var] # the iterator is a generator
-            for _, rows, ranks, weights in chosen:
-                expert = weights.derived(self._projections)
-                mine = hidden if tokens == 1 else hidden[torch.from_numpy(rows)]
-                outputs[torch.from_numpy(rows * top_k + ranks)] = expert.compute(module, mine)
-            weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-            return weighted.sum(dim=1).to(hidden.dtype)
+    def of(self, weights: ExpertWeights) -> Projections | TransposedProjections:
+        """The views of an expert, made once for its slot."""
+        return weights.derived(self._make)
 
     def _separate(self, weights: ExpertWeights) -> Projections:
         gate, up, down = (self._layouts[name] for name in ("gate", "up", "down"))
@@ -139,8 +118,47 @@ class SharedExperts:
         with warnings.catch_warnings():
             # Torch has no read-only tensors. Nothing here writes to one.
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            flat = torch.frombuffer(weights.raw, dtype=self._dtype, count=math.prod(shape), offset=offset)
+            flat = torch.frombuffer(weights.raw, dtype=self.dtype, count=math.prod(shape), offset=offset)
         return flat.view(shape)
+
+
+class SharedExperts:
+    """One layer's experts in the runtime; what an experts module refers to instead of holding weights.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    layer : int
+        Of the runtime.
+    views : ExpertViews
+        Of the runtime.
+    timeout : float
+        Seconds to wait for an expert.
+    """
+
+    def __init__(self, runtime: Runtime, layer: int, views: ExpertViews, timeout: float) -> None:
+        self._runtime, self._layer, self._views, self._timeout = runtime, layer, views, timeout
+
+    def compute(
+        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts, [T, H]; the arguments are those of Transformers' interface."""
+        dtype = self._views.dtype
+        if hidden_states.dtype != dtype or hidden_states.device.type != "cpu":
+            raise ConfigError(
+                f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
+                f"{dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
+            )
+        tokens, top_k = top_k_index.shape
+        hidden = hidden_states.detach()
+        outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
+        chosen = self._runtime.experts(self._layer, top_k_index.numpy(), self._timeout)
+        with torch.no_grad(), closing(chosen):  # type: ignore[type-var] # the iterator is a generator
+            for _, rows, ranks, weights in chosen:
+                mine = hidden if tokens == 1 else hidden[torch.from_numpy(rows)]
+                outputs[torch.from_numpy(rows * top_k + ranks)] = self._views.of(weights).compute(module, mine)
+            weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
+            return weighted.sum(dim=1).to(hidden.dtype)
 
 
 def shared_experts_forward(
