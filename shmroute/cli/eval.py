@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -21,10 +22,12 @@ from rich.table import Table
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.output import complain, console, human_share, note
 from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig
-from shmroute.errors import ConfigError
+from shmroute.errors import CheckpointError, ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.shared.words import MAX_LANES
+from shmroute.sources.bounded_json import read_json_object, shown
+from shmroute.sources.model_config import MAX_CONFIG_BYTES
 from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
@@ -88,6 +91,14 @@ def eval_(
     jobs: Annotated[
         int | None, typer.Option(help="Settings that run at once; one for each core by default.", show_default=False)
     ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Real processes, one for each stream, that run the model itself on a runtime with its pager; tells "
+            "stalls, bytes and memory too, for every family (needs the extra 'transformers').",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[
         Path | None,
@@ -106,6 +117,10 @@ def eval_(
     HITS: share of the choices that were resident. MISSES: as a share of those without a bonus. CHANGED: choices that
     the logits alone would not have made. LOADS: for each token, in all layers.
 
+    With --live nothing is simulated: STREAMS workers and a pager decode the text, each at its own pace, and a second
+    table tells tokens per second, how long a worker stood still for each of its tokens, what was read, and memory: PSS
+    counts a page that n processes map as 1/n for each, so it adds up; RSS does not.
+
     Example: shmroute eval examples/tiny-mixtral examples/tiny-mixtral/heldout_tokens.npz --budgets 50% --pools 16
     """
     # Here, since only this command compiles the kernels of the evaluation.
@@ -123,20 +138,24 @@ def eval_(
     routers = [router for rule in rules or DEFAULT_RULES for router in chosen_routers(rule)]
     if plot is not None:
         _check_plottable(plot)
-    model = DecoderConfig.read(checkpoint / "config.json")
-    require(
-        window <= model.max_positions,
-        f"--window {window} is more than the {model.max_positions} positions that the model has",
-    )
+    if live:
+        require(jobs is None, "--jobs is of the simulation: with --live, one setting runs at a time")
+        require(not layer_factors, "--layer-factors is of the simulation; it cannot be given with --live")
+        _check_transformers()
+        vocabulary, positions = _sizes(checkpoint / "config.json")
+    else:
+        model = DecoderConfig.read(checkpoint / "config.json")
+        vocabulary, positions = model.vocab_size, model.max_positions
+    require(window <= positions, f"--window {window} is more than the {positions} positions that the model has")
     settings = chosen_settings(checkpoint, budgets, policies, routers, layer_factors or [], streams)
-    windows = deal(read_texts(text, checkpoint, model.vocab_size), text, window, streams, pools)
+    windows = deal(read_texts(text, checkpoint, vocabulary), text, window, streams, pools)
     for config in {one.config.slots: one.config for one in settings}.values():
         if (warning := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k)) is not None:
             complain(f"WARNING: {warning}")
     load_kernels(report_compilation)  # here, so that the workers find them
     task = Task(str(checkpoint), str(text), window, streams, pools)
     with _ended_by_sigterm(), _progress() as watch:
-        outcomes = compare(task, settings, jobs or os.cpu_count() or 1, watch)
+        outcomes = compare(task, settings, None if live else jobs or os.cpu_count() or 1, watch)
     tokens = int(windows.shape[0] * streams * (window - 1))
     failed = plot is not None and not _drawn(outcomes, tokens, plot)
     if as_json:
@@ -146,6 +165,8 @@ def eval_(
         out.print(f"{tokens:,} tokens in {windows.shape[0]} pools of {streams} streams", soft_wrap=True)
         for table in rendered(outcomes):
             out.print("", table)
+        if live:
+            out.print("", costs_rendered(outcomes))
     if failed:
         raise typer.Exit(1)
 
@@ -235,6 +256,24 @@ def _factors(text: str, layers: int) -> tuple[float, ...]:
     return factors
 
 
+def _check_transformers() -> None:
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"--live needs {package}: pip install 'shmroute[transformers]'")
+
+
+def _sizes(path: Path) -> tuple[int, int]:
+    """The vocabulary and the positions of any model, by its config.json."""
+    values = read_json_object(str(path), MAX_CONFIG_BYTES)
+    found = []
+    for key in ("vocab_size", "max_position_embeddings"):
+        value = values.get(key)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(str(path), f"the key {key!r} is {shown(value)}; an integer of 1 or more is expected")
+        found.append(value)
+    return found[0], found[1]
+
+
 # ------------------------------------------------------------------ while it runs
 
 
@@ -297,7 +336,8 @@ def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
                 "eviction": config.pager.eviction,
                 "rule": rule_of(one.setting),
                 "strength": config.router.cache_bonus if config.router.memory_aware else 0.0,
-                **{name: value for name, value in vars(one).items() if name != "setting"},
+                **{name: value for name, value in vars(one).items() if name not in ("setting", "live")},
+                **({} if one.live is None else dataclasses.asdict(one.live)),
             }
             for one in outcomes
             for config in (one.setting.config,)
@@ -326,6 +366,32 @@ def rendered(outcomes: list[Outcome]) -> list[Table]:
             change if biased else f"{one.perplexity:.3f}",
         )
     return list(tables.values())
+
+
+def costs_rendered(outcomes: list[Outcome]) -> Table:
+    """What real processes took, a row for each setting; 80 columns wide."""
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", title_justify="left",
+        title="time and memory (MB: RSS, and PSS that adds up)",
+    )  # fmt: skip
+    table.add_column("SLOTS", justify="right", no_wrap=True)
+    table.add_column("RULE", overflow="fold")
+    for label in ("TOKENS/S", "STALL ms", "READ MB", "WORKERS", "PAGER", "TOGETHER"):
+        table.add_column(label, justify="right", no_wrap=True)
+    for one in outcomes:
+        costs, router = one.live, one.setting.config.router
+        assert costs is not None, "real processes ran it"
+        table.add_row(
+            str(one.setting.config.slots),
+            f"{rule_of(one.setting)} {router.cache_bonus:g}" if router.memory_aware else NONE,
+            f"{costs.tokens_per_second:,.0f}",
+            f"{1000 * costs.stall_per_token:.2f}",
+            f"{costs.bytes_per_token / 1e6:.2f}",
+            f"{costs.workers_rss / 1e6:,.0f}",
+            f"{costs.pager_rss / 1e6:,.0f}",
+            f"{(costs.workers_pss + costs.pager_pss) / 1e6:,.0f}",
+        )
+    return table
 
 
 def _empty_table(title: str) -> Table:

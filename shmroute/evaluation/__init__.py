@@ -9,6 +9,7 @@ does. Here a whole decoder runs, its experts chosen by the runtime's routing ker
 | `text` | held-out text as windows of tokens |
 | `pools` | caches without bytes: the routing kernel and the pager's eviction policies over private tables |
 | `loop` | the decoder and the pools together: hits and losses of one setting |
+| `live` | the same by real processes, with the model itself: stalls, bytes and memory too |
 | `comparison` | several settings against the unbiased choice, on the same tokens, with intervals |
 | `plots` | hit rate and perplexity of each rule |
 """

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.evaluation.crew import run_all
+from shmroute.evaluation.live import LiveRun, run_all_live
 from shmroute.evaluation.loop import Run, Setting
 from shmroute.evaluation.worker import Task
 from shmroute.shared.metrics import LaneCounter
@@ -21,6 +22,38 @@ RESAMPLES = 4000
 
 LEVEL = 0.95
 """Of the intervals."""
+
+
+@dataclass(frozen=True)
+class LiveCosts:
+    """What a setting took of time, bandwidth and memory.
+
+    Attributes
+    ----------
+    tokens_per_second : float
+        Of all workers together.
+    stall_per_token : float
+        Seconds that a worker waited for experts, for each of its tokens in all layers.
+    waits_per_token : float
+        How often it did.
+    bytes_per_token : float
+        Read by the pager.
+    workers_rss, workers_pss : int
+        Summed over the workers, in bytes; the former counts the shared segment once for each.
+    pager_rss, pager_pss : int
+    segment : int
+        Bytes of the shared segment; its pages are in the PSS of those who use them.
+    """
+
+    tokens_per_second: float
+    stall_per_token: float
+    waits_per_token: float
+    bytes_per_token: float
+    workers_rss: int
+    workers_pss: int
+    pager_rss: int
+    pager_pss: int
+    segment: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +75,8 @@ class Outcome:
         Relative to the unbiased choice on the same tokens: 0.01 is one per cent more.
     low, high : float
         The 95 % interval of that, by bootstrap over pools.
+    live : LiveCosts or None
+        What real processes took, if such ran it.
     """
 
     setting: Setting
@@ -53,6 +88,7 @@ class Outcome:
     perplexity_change: float
     low: float
     high: float
+    live: LiveCosts | None = None
 
 
 def interval(differences: npt.NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -80,7 +116,9 @@ def unbiased(setting: Setting) -> Setting:
     return Setting(dataclasses.replace(config, router=router), (1.0,) * config.num_layers)
 
 
-def compare(task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[[float, int], Any]) -> list[Outcome]:
+def compare(
+    task: Task, settings: Sequence[Setting], jobs: int | None, watch: Callable[[float, int], Any]
+) -> list[Outcome]:
     """Run settings, and what each is compared with.
 
     Parameters
@@ -88,8 +126,8 @@ def compare(task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[
     task : Task
     settings : sequence of Setting
         Those with `memory_aware` off are outcomes of their own.
-    jobs : int
-        Worker processes.
+    jobs : int or None
+        So many simulated at once; None to run them by real processes, one after the other.
     watch : callable
         Called several times a second with how many runs are done (a fraction of those under way), and of how many.
 
@@ -101,7 +139,12 @@ def compare(task: Task, settings: Sequence[Setting], jobs: int, watch: Callable[
     needed = {
         one.to_json(): one for one in (*map(unbiased, settings), *settings)
     }  # by their JSON, since they have no hash
-    found = run_all(task, list(needed.values()), jobs, lambda done: watch(done, len(needed)))
+    wanted = list(needed.values())
+    found: Sequence[Run]
+    if jobs is None:
+        found = run_all_live(task, wanted, lambda done: watch(done, len(needed)))
+    else:
+        found = run_all(task, wanted, jobs, lambda done: watch(done, len(needed)))
     runs = dict(zip(needed, found, strict=True))
     return [outcome(one, runs[one.to_json()], runs[unbiased(one).to_json()]) for one in settings]
 
@@ -123,4 +166,20 @@ def outcome(setting: Setting, run: Run, plain: Run) -> Outcome:
         perplexity_change=math.expm1(differences.mean()),
         low=math.expm1(low),
         high=math.expm1(high),
+        live=_live_costs(setting, run) if isinstance(run, LiveRun) else None,
+    )
+
+
+def _live_costs(setting: Setting, run: LiveRun) -> LiveCosts:
+    tokens = run.total(LaneCounter.TOKENS) / setting.config.num_layers
+    return LiveCosts(
+        tokens_per_second=tokens / run.seconds,
+        stall_per_token=run.total(LaneCounter.WAIT_NS) / 1e9 / tokens,
+        waits_per_token=run.total(LaneCounter.WAITS) / tokens,
+        bytes_per_token=run.bytes_read / tokens,
+        workers_rss=sum(worker.rss for worker in run.workers),
+        workers_pss=sum(worker.pss for worker in run.workers),
+        pager_rss=run.pager.rss,
+        pager_pss=run.pager.pss,
+        segment=run.segment,
     )

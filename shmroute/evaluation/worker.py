@@ -43,11 +43,12 @@ class Task:
     pools: int | None
 
 
-def _say(message: dict[str, Any]) -> None:
+def say(message: dict[str, Any]) -> None:
+    """Send a message, a line of JSON."""
     print(json.dumps(message), flush=True)
 
 
-class _Reports:
+class Reports:
     """Says how far a run is, a few times a second."""
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class _Reports:
 
     def __call__(self, share: float) -> None:
         if time.monotonic() >= self._next:
-            _say({"done": share})
+            say({"done": share})
             self._next = time.monotonic() + REPORT_EVERY
 
 
@@ -67,10 +68,10 @@ def main() -> None:
         texts = read_texts(Path(task.text), Path(task.checkpoint), decoder.config.vocab_size)
         windows = deal(texts, Path(task.text), task.window, task.streams, task.pools)
         for line in sys.stdin:
-            done = run(decoder, windows, Setting.from_json(line), _Reports())
-            _say({"losses": done.losses.tolist(), "counts": done.counts.tolist()})
+            done = run(decoder, windows, Setting.from_json(line), Reports())
+            say({"losses": done.losses.tolist(), "counts": done.counts.tolist()})
     except ShmrouteError as error:
-        _say({"error": f"{type(error).__name__}: {error}"})
+        say({"error": f"{type(error).__name__}: {error}"})
     except BrokenPipeError:
         pass  # whoever asked is gone
 

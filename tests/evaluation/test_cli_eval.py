@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -183,3 +184,10 @@ def test_ctrl_c_and_sigterm_end_it_and_its_workers(number: signal.Signals, code:
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed here")
+def test_live_without_torch_says_what_to_install() -> None:
+    result = evaluate(*SHORT[:4], "--live")
+    assert result.exit_code == 2
+    assert "--live needs torch: pip install 'shmroute[transformers]'" in result.stderr
