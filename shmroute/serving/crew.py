@@ -32,6 +32,9 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 """Seconds before a worker that died before it did anything is started again; doubled each time."""
 
+LAST_BREATH = 2.0
+"""Seconds that a worker which says no more has to end by itself."""
+
 FUTILE_STARTS = 3
 """A worker that died so often before it was ready is counted out for the start of the server."""
 
@@ -203,10 +206,12 @@ class Crew:
             worker = await self._start(number)
             try:
                 await self._listen(worker)
+                # So that it is known how it ended. (`asyncio.wait_for` may swallow the cancellation of this task.)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_BREATH):
+                        await worker.process.wait()
             finally:
                 await self._bury(worker)
-            self.counters.deaths += 1
-            self._give_up(worker)
             code = worker.process.returncode
             if worker.ready is None:
                 self._futile[number] = self._futile.get(number, 0) + 1
@@ -244,7 +249,6 @@ class Crew:
     async def _bury(self, worker: Worker) -> None:
         """See that a worker is dead, and forget it."""
         self._workers.pop(worker.number, None)
-        self._dispatch.lose(worker)
         worker.writer.close()
         if worker.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -277,12 +281,15 @@ class Crew:
         worker.send(ticket.job.model_copy(update={"generated": list(ticket.generated)}))
 
     async def _listen(self, worker: Worker) -> None:
-        """Hear a worker out, to its end."""
+        """Hear a worker out, to its end; its job goes to another at once."""
         with contextlib.suppress(ConnectionError):
             async for line in worker.reader:
                 if not line.endswith(b"\n"):
-                    return  # it died in the middle of a line
+                    break  # it died in the middle of a line
                 self._hear(worker, from_worker.validate_json(line))
+        self.counters.deaths += 1
+        self._dispatch.lose(worker)
+        self._give_up(worker)
 
     def _hear(self, worker: Worker, message: FromWorker) -> None:
         if isinstance(message, Ready):
