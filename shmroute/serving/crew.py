@@ -231,6 +231,9 @@ class Crew:
         with its:
             reader, writer = await asyncio.open_connection(sock=mine, limit=LONGEST_LINE)
             threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
+            # Threads that spin while they wait for each other take the cores from other workers and the pager: on a
+            # busy machine a token then takes ten times as long.
+            threads |= {} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "PASSIVE"}
             process = await asyncio.create_subprocess_exec(
                 *self._command, "--descriptor", str(its.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -33,7 +33,18 @@ class Server:
     def __init__(self, checkpoint: Path, log: Path, *options: str) -> None:
         self._log = log
         self.name = f"test-serve-{os.getpid()}-{log.stem}"
-        command = [sys.executable, "-m", "shmroute", "serve", str(checkpoint), "--name", self.name, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "shmroute",
+            "serve",
+            str(checkpoint),
+            "--name",
+            self.name,
+            "--threads",
+            "1",
+            *options,
+        ]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stderr=file, stdout=file, env=os.environ | {"COLUMNS": "400"})
 
