@@ -11,13 +11,17 @@ decode greedily from prompts of their own, one thread each. One worker, then sev
 
 Loading is not timed. The file's pages are dropped from the page cache before the processes start and again before they
 decode (``posix_fadvise``; a virtual machine's host may remember them all the same), so whoever reads from the file
-waits for the disk the first time. How much a mapped file reads at a fault is the disk's read-ahead, which the table
-names.
+waits for the disk the first time.
+
+How a mapped file fares under a limit is decided by how much the kernel reads at a fault, the disk's read-ahead, which
+the table names: 128 KiB as a rule, but some disks have megabytes (``/sys/block/*/queue/read_ahead_kb``), and then most
+of what is read is dropped unused. Compare on a disk whose read-ahead is what the model will be served from.
 
 Contestants decode the same number of tokens, but stop after `Setting.seconds`: one that thrashes would take minutes.
 One that the limit kills has a speed of 0, and no memory.
 
-This writes 3 GiB and takes about five minutes a round, so it runs only if it is named.
+This writes 3 GiB and takes about five minutes a round, so it runs only if it is named. Libraries are imported before
+workers are forked, by all contestants alike: what one more worker takes is then its own and not torch's.
 """
 
 from __future__ import annotations
@@ -96,7 +100,7 @@ FULL = Setting(
     SHAPE, LIMIT, {count: LIMIT - RESERVED - count * RESERVED_EACH for count in (1, 4)}, prompt=16, tokens=64,
     seconds=30.0, rounds=3,
 )  # fmt: skip
-QUICK = dataclasses.replace(FULL, tokens=32, seconds=15.0, rounds=1)
+QUICK = dataclasses.replace(FULL, tokens=32, seconds=15.0, rounds=2)
 
 
 @dataclass(frozen=True)

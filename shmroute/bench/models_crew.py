@@ -4,7 +4,8 @@ The first line on standard input is a JSON object, the fields of `CrewTask`; one
 `CrewReport`. All processes stay as they are until the next line, or until standard input ends.
 
 Workers are forked from a process that has imported everything, as servers do that preload: what the libraries take is
-there once for all of them. Then each loads the model by itself, one after the other, decodes when all are ready, and
+there once for all of them. (This package and Numba with it are in all of them, Transformers' by itself too: some 50 MB
+that those would not need.) Then each loads the model by itself, one after the other, decodes when all are ready, and
 waits. A worker uses one thread. Whoever starts this process may be killed at any time, and so may it: all others then
 end, and a pager that is left alone removes its segment.
 """
