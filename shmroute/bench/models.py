@@ -209,6 +209,7 @@ def run_crew(task: CrewTask, group: ControlGroup | None) -> Outcome:
         command if group is None else group.command(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env=os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         text=True,
         start_new_session=True,  # Ctrl-C is for the bench alone, which then ends it
     )

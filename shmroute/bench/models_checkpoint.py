@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ ATTENTION_SCALE = 0.02
 """Standard deviation of an element of attention's projections."""
 
 HEAD_DIM = 64
+
+PREFIX = "shmroute-bench-model-"
+"""Of a folder's name; the pid of its maker follows."""
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -111,15 +115,19 @@ class ModelShape:
 
 @contextmanager
 def model_checkpoint(folder: Path, shape: ModelShape) -> Iterator[Path]:
-    """Write a model into a new folder within `folder`, and remove it afterwards.
+    """Write a model into a new folder within `folder`, and remove it afterwards; first those that the dead left there.
 
     Raises
     ------
     ShmrouteError
         If the disk has no room for it.
     """
+    for left in folder.glob(f"{PREFIX}*-*"):
+        maker = left.name.removeprefix(PREFIX).split("-")[0]
+        if maker.isdigit() and not Path(f"/proc/{maker}").exists():
+            shutil.rmtree(left)
     check_room(folder, shape.experts_bytes, f"a model with {shape.experts_bytes / 1e9:.2f} GB of experts")
-    with tempfile.TemporaryDirectory(prefix="shmroute-bench-model-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=folder) as name:
         write_model(Path(name), shape)
         yield Path(name)
 

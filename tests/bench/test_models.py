@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from shmroute.bench import models
 from shmroute.bench.measuring import QUICK as QUICK_SCALE
 from shmroute.bench.memory_limit import MemoryCharge
 from shmroute.bench.models import MIB, Entrant, Outcome, Setting, entrants_of, run_crew, tables
-from shmroute.bench.models_checkpoint import ModelShape, model_checkpoint, weights_of, write_model
+from shmroute.bench.models_checkpoint import PREFIX, ModelShape, model_checkpoint, weights_of, write_model
 from shmroute.bench.models_tasks import COPIED, MAPPED, SHARED, CrewReport
 from shmroute.bench.partners import PartnerError
 from shmroute.bench.stage import Bench
@@ -209,6 +210,17 @@ def test_experts_begin_at_a_page(tmp_path: Path) -> None:
     size = int.from_bytes(raw[:8], "little")
     assert (8 + size) % 4096 == 0
     assert json.loads(raw[8 : 8 + size])["model.layers.0.mlp.experts.gate_up_proj"]["data_offsets"][0] == 0
+
+
+def test_what_the_dead_left_on_the_disk_is_removed(tmp_path: Path) -> None:
+    dead, alive = tmp_path / f"{PREFIX}{2**22 + 1}-x", tmp_path / f"{PREFIX}{os.getppid()}-x"
+    for left in (dead, alive):
+        left.mkdir()
+        (left / "model.safetensors").touch()
+    with model_checkpoint(tmp_path, TINY) as folder:
+        assert weights_of(folder).exists()
+        assert not dead.exists()
+    assert list(tmp_path.iterdir()) == [alive]
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
