@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from bench_runs import Result, report_of
@@ -160,7 +161,7 @@ def test_experts_are_those_of_the_synthetic_source(tmp_path: Path) -> None:
     write_model(tmp_path, TINY, seed=5)
     source = HuggingFaceSource(tmp_path)
     expected = SyntheticSource(2, 4, 64, 32, top_k=2, dtype="bfloat16", seed=5)
-    assert source.geometry.num_layers, source.geometry.expert_bytes == (2, TINY.expert_bytes)
+    assert (source.geometry.num_layers, source.geometry.expert_bytes) == (2, TINY.expert_bytes)
     assert source.geometry.tensors == expected.geometry.tensors
     mine, theirs = bytearray(TINY.expert_bytes), bytearray(TINY.expert_bytes)
     for layer in range(2):
@@ -192,8 +193,6 @@ def test_some_experts_are_popular_and_topics_come_in_runs(tmp_path: Path) -> Non
 
 def models_tensors(folder: Path) -> dict[str, np.ndarray]:
     """The dense tensors of the file, as float64."""
-    import ml_dtypes  # noqa: PLC0415
-
     raw = weights_of(folder).read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
