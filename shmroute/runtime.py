@@ -65,6 +65,7 @@ class Runtime:
         self._mutex = threading.RLock()
         self._leases: Leases | None = None
         self._gates: dict[int, npt.NDArray[np.float32]] = {}
+        self._gate_biases: dict[int, npt.NDArray[np.float32] | None] = {}
         self._closed = False
         _open_runtimes.add(self)
 
@@ -99,7 +100,9 @@ class Runtime:
         return ExpertAffinity(self._attachment, layer)
 
     def gate(self, layer: int) -> npt.NDArray[np.float32]:
-        """The router weights of one layer from the checkpoint, float32 [E, hidden]: logits are ``x @ gate.T``.
+        """The router weights of one layer from the checkpoint, float32 [E, hidden].
+
+        Logits are ``x @ gate.T``, plus `gate_bias` if there is one.
 
         Raises
         ------
@@ -116,6 +119,23 @@ class Runtime:
             if layer not in self._gates:
                 self._gates[layer] = self._attachment.source().gate(layer)
             return self._gates[layer]
+
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """What the router of one layer adds to its logits, float32 [E]; None if the model's adds nothing.
+
+        Of the supported families only gpt-oss has one. It is a part of the logits that `MemoryAwareRouter.route` is
+        given; a correction bias, for choosing only, is not, and is read by the router itself.
+
+        Raises
+        ------
+        As `gate`.
+        """
+        layer = self._checked_layer(layer)
+        self._check_open()
+        with self._mutex:
+            if layer not in self._gate_biases:
+                self._gate_biases[layer] = self._attachment.source().gate_bias(layer)
+            return self._gate_biases[layer]
 
     # ---------------------------------------------------------- experts
 
@@ -279,7 +299,7 @@ class Runtime:
         pager = self.config.pager
         if layer + 1 == self.config.num_layers or pager.prefetch == 0 or "gate" not in pager.predictors:
             return []
-        expected = expected_experts(hidden, self.gate(layer + 1), self.config.top_k)
+        expected = expected_experts(hidden, self.gate(layer + 1), self.config.top_k, self.gate_bias(layer + 1))
         return request_expected(self._attachment, layer + 1, expected)
 
     def page_out(self, layer: int, expert: int) -> bool:

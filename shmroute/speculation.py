@@ -26,7 +26,12 @@ def check_hidden(hidden: object, size: int) -> None:
     raise ValueError(f"hidden must be finite float32 [{size}] or [T, {size}], not {what}")
 
 
-def expected_experts(hidden: npt.NDArray[np.float32], gate: npt.NDArray[np.float32], top_k: int) -> list[int]:
+def expected_experts(
+    hidden: npt.NDArray[np.float32],
+    gate: npt.NDArray[np.float32],
+    top_k: int,
+    bias: npt.NDArray[np.float32] | None = None,
+) -> list[int]:
     """The experts that a gate chooses for some hidden states, each once, those of most weight first.
 
     Parameters
@@ -36,8 +41,12 @@ def expected_experts(hidden: npt.NDArray[np.float32], gate: npt.NDArray[np.float
     gate : ndarray
         float32 [E, H].
     top_k : int
+    bias : ndarray, optional
+        float32 [E], added to the logits.
     """
     logits = np.atleast_2d(hidden @ gate.T).astype(np.float64)
+    if bias is not None:
+        logits += bias
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)

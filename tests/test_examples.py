@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shmroute.shared.segment import segment_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,11 +18,10 @@ EXAMPLES = ROOT / "examples"
 SHMROUTE = Path(sys.executable).with_name("shmroute")
 
 
-def test_the_readme_shows_the_quickstart_as_it_is() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert shown is not None
-    assert shown[1] == (EXAMPLES / "quickstart.py").read_text()
+@pytest.mark.parametrize("example", ["generate.py", "quickstart.py"])
+def test_the_readme_shows_the_example_as_it_is(example: str) -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (EXAMPLES / example).read_text() in shown
 
 
 def test_the_quickstart_runs() -> None:

@@ -46,6 +46,17 @@ def test_logits_of_a_batch(family: str, checkpoint: Callable[..., Path], runtime
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=0, atol=TOLERANCE)
 
 
+def test_biases_and_transposed_experts_in_half_precision(
+    checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
+) -> None:
+    """Transformers' own two ways to compute experts differ by 0.01 here."""
+    folder = checkpoint("gpt_oss", torch.float16)
+    ours, theirs = load(folder, runtime_of(folder)), stock(folder, torch.float16)
+    assert ours.dtype == torch.float16
+    ids = tokens(3, 17)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_and_key_value_cache(
     family: str, checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
