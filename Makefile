@@ -28,10 +28,10 @@ test: $(VENV)/.installed  ## set up and run the checkers and all tests
 $(VENV)-transformers/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-transformers
 	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,transformers]'
+	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,serve]' 'openai>=2'
 	@touch $@
 
-test-transformers: $(VENV)-transformers/.installed  ## set up torch and run the tests of Transformers' models
+test-transformers: $(VENV)-transformers/.installed  ## set up torch and run the tests of Transformers' models and of serving
 	$(VENV)-transformers/bin/pytest tests/with_torch
 
 stress: $(VENV)/.installed  ## hours: the long searches, the long fuzzing, a thousand kills, a soak

@@ -191,3 +191,10 @@ class TextError(InputFileError):
 
 class EvaluationError(ShmrouteError):
     """A run of an evaluation failed."""
+
+
+# ------------------------------------------------------------------ serving
+
+
+class ServingError(ShmrouteError):
+    """The HTTP endpoint could not be opened, or cannot go on."""

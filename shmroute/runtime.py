@@ -31,7 +31,7 @@ from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequ
 from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
-from shmroute.speculation import check_hidden, expected_experts, request_expected
+from shmroute.speculation import checked_rows, expected_experts, request_expected
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds to wait for an expert."""
@@ -65,6 +65,7 @@ class Runtime:
         self._mutex = threading.RLock()
         self._leases: Leases | None = None
         self._gates: dict[int, npt.NDArray[np.float32]] = {}
+        self._gate_biases: dict[int, npt.NDArray[np.float32] | None] = {}
         self._closed = False
         _open_runtimes.add(self)
 
@@ -99,7 +100,9 @@ class Runtime:
         return ExpertAffinity(self._attachment, layer)
 
     def gate(self, layer: int) -> npt.NDArray[np.float32]:
-        """The router weights of one layer from the checkpoint, float32 [E, hidden]: logits are ``x @ gate.T``.
+        """The router weights of one layer from the checkpoint, float32 [E, hidden].
+
+        Logits are ``x @ gate.T``, plus `gate_bias` if there is one.
 
         Raises
         ------
@@ -116,6 +119,23 @@ class Runtime:
             if layer not in self._gates:
                 self._gates[layer] = self._attachment.source().gate(layer)
             return self._gates[layer]
+
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """What the router of one layer adds to its logits, float32 [E]; None if the model's adds nothing.
+
+        Of the supported families only gpt-oss has one. It is a part of the logits that `MemoryAwareRouter.route` is
+        given; a correction bias, for choosing only, is not, and is read by the router itself.
+
+        Raises
+        ------
+        As `gate`.
+        """
+        layer = self._checked_layer(layer)
+        self._check_open()
+        with self._mutex:
+            if layer not in self._gate_biases:
+                self._gate_biases[layer] = self._attachment.source().gate_bias(layer)
+            return self._gate_biases[layer]
 
     # ---------------------------------------------------------- experts
 
@@ -275,12 +295,44 @@ class Runtime:
         """
         layer = self._checked_layer(layer)
         self._check_open()
-        check_hidden(hidden, self.config.hidden_size)
-        pager = self.config.pager
-        if layer + 1 == self.config.num_layers or pager.prefetch == 0 or "gate" not in pager.predictors:
+        rows = checked_rows("hidden", hidden, self.config.hidden_size)
+        if layer + 1 == self.config.num_layers or not self.speculates:
             return []
-        expected = expected_experts(hidden, self.gate(layer + 1), self.config.top_k)
-        return request_expected(self._attachment, layer + 1, expected)
+        logits, bias = rows @ self.gate(layer + 1).T, self.gate_bias(layer + 1)
+        return self.expect(layer + 1, logits if bias is None else logits + bias)
+
+    def expect(self, layer: int, logits: npt.NDArray[np.float32]) -> list[PagingRequest]:
+        """Ask ahead for what a layer will probably choose, by an estimate of the logits that it will get.
+
+        Where `speculate` reads the gate for it, this is for callers who have the gate, or another estimate, themselves.
+
+        Parameters
+        ----------
+        layer : int
+        logits : ndarray
+            float32 [E] or [T, E], finite.
+
+        Returns
+        -------
+        list of PagingRequest
+            As `speculate`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or the logits have another shape or dtype, or are not finite.
+        """
+        layer = self._checked_layer(layer)
+        self._check_open()
+        rows = checked_rows("logits", logits, self.config.num_experts)
+        if not self.speculates:
+            return []
+        return request_expected(self._attachment, layer, expected_experts(rows, self.config.top_k))
+
+    @property
+    def speculates(self) -> bool:
+        """Whether the settings leave place for what `speculate` and `expect` ask for."""
+        return self.config.pager.prefetch > 0 and "gate" in self.config.pager.predictors
 
     def page_out(self, layer: int, expert: int) -> bool:
         """Hint that an expert may be evicted first; whether the pager's queue took the hint."""

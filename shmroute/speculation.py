@@ -16,32 +16,32 @@ from shmroute.shared.experts import QUEUE
 from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest, submit_speculation
 
 
-def check_hidden(hidden: object, size: int) -> None:
-    """Raise `ValueError` unless `hidden` is finite float32 [size] or [T, size]."""
-    what = f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, np.ndarray) else repr(hidden)
-    if isinstance(hidden, np.ndarray) and hidden.dtype == np.float32 and hidden.shape[-1:] == (size,):
-        if hidden.ndim <= 2 and np.isfinite(hidden).all():
-            return
-        what += "" if hidden.ndim > 2 else " with NaN or inf"
-    raise ValueError(f"hidden must be finite float32 [{size}] or [T, {size}], not {what}")
+def checked_rows(name: str, rows: object, size: int) -> npt.NDArray[np.float32]:
+    """`rows` as float32 [T, size]; raise `ValueError` unless they are finite float32 [size] or [T, size]."""
+    what = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else repr(rows)
+    if isinstance(rows, np.ndarray) and rows.dtype == np.float32 and rows.shape[-1:] == (size,):
+        if rows.ndim <= 2 and np.isfinite(rows).all():
+            return rows.reshape(-1, size)
+        what += "" if rows.ndim > 2 else " with NaN or inf"
+    raise ValueError(f"{name} must be finite float32 [{size}] or [T, {size}], not {what}")
 
 
-def expected_experts(hidden: npt.NDArray[np.float32], gate: npt.NDArray[np.float32], top_k: int) -> list[int]:
-    """The experts that a gate chooses for some hidden states, each once, those of most weight first.
+def expected_experts(logits: npt.NDArray[np.float32], top_k: int) -> list[int]:
+    """The experts that some tokens' logits choose, each once, those of most weight first.
 
     Parameters
     ----------
-    hidden : ndarray
-        float32 [H] or [T, H].
-    gate : ndarray
-        float32 [E, H].
+    logits : ndarray
+        float32 [T, E].
     top_k : int
     """
-    logits = np.atleast_2d(hidden @ gate.T).astype(np.float64)
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    if len(chosen) == 1:
+        one: list[int] = chosen[0].tolist()
+        return one
+    shares = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
-    weights = np.zeros(len(gate))
+    weights = np.zeros(logits.shape[1])
     np.add.at(weights, chosen.ravel(), np.take_along_axis(shares, chosen, 1).ravel())
     experts = np.unique(chosen)
     return [int(expert) for expert in experts[np.argsort(-weights[experts], kind="stable")]]

@@ -117,6 +117,7 @@ def test_ids_that_cannot_be_are_refused(runtime: shmroute.Runtime) -> None:
     for use in (
         lambda: runtime.router(layer=6),
         lambda: runtime.gate(layer=-1),
+        lambda: runtime.gate_bias(layer=6),
         lambda: runtime.expert(layer=0, expert=8),
         lambda: runtime.experts(layer=0, experts=[0, 8]),
         lambda: runtime.prefetch(layer=0, experts=[-1]),
@@ -139,6 +140,8 @@ def test_without_a_checkpoint_routing_works_and_nothing_is_paged() -> None:
         assert [request.expert for request in decision.requests] == [63, 62, 61, 60, 59, 58]
         with pytest.raises(ConfigError, match="without a checkpoint"):
             rt.gate(layer=0)
+        with pytest.raises(ConfigError, match="without a checkpoint"):
+            rt.gate_bias(layer=0)
     with pytest.raises(ConfigError, match="checkpoint"):
         shmroute.create(unique_name(), config, pager=True)
 
@@ -164,6 +167,7 @@ def test_a_closed_runtime_refuses_while_another_of_the_same_process_goes_on(runt
         lambda: closed.router(layer=0),
         lambda: closed.affinity(layer=0),
         lambda: closed.gate(layer=0),
+        lambda: closed.gate_bias(layer=0),
         lambda: closed.expert(layer=0, expert=0),
         lambda: closed.experts(layer=0, experts=[0]),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtimes import unique_name
+from safetensors.numpy import save_file
 
 import shmroute
 from shmroute import PagerConfig, PagingPriority, Runtime, RuntimeConfig
@@ -17,6 +19,8 @@ from shmroute.shared.ring import ring_pop
 from shmroute.shared.words import request_speculative
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny-mixtral"
+GPT_OSS = {"gate_up_proj": (4, 8, 12), "gate_up_proj_bias": (4, 12), "down_proj": (4, 6, 8), "down_proj_bias": (4, 8)}
+"""Of 4 experts."""
 
 
 @pytest.fixture
@@ -55,6 +59,43 @@ def test_a_batch_asks_for_each_expert_once_those_of_most_weight_first(runtime: R
     chosen = np.argsort(-(x @ runtime.gate(1).T), axis=1)[:, :2]
     assert sorted(request.expert for request in requests) == np.unique(chosen).tolist()
     assert requests[0].expert == np.bincount(chosen.ravel()).argmax()
+
+
+def test_logits_that_were_estimated_elsewhere(runtime: Runtime, hidden: np.ndarray) -> None:
+    logits = hidden[:3, 2] @ runtime.gate(4).T
+    requests = runtime.expect(4, logits)
+    assert {request.expert for request in requests} == set(np.argsort(-logits, axis=1)[:, :2].ravel().tolist())
+    assert {request.layer for request in requests} == {4}
+    assert runtime.expect(4, logits[0]) == []  # requested already
+    for wrong in (logits[:, :7], logits.astype(np.float64), np.full(8, np.nan, np.float32), [1.0] * 8):
+        with pytest.raises(ValueError, match=r"logits must be finite float32 \[8\] or \[T, 8\]"):
+            runtime.expect(4, wrong)
+    with pytest.raises(ValueError, match="layer"):
+        runtime.expect(6, logits)
+
+
+def test_what_a_router_adds_to_its_logits_counts(tmp_path: Path, runtime: Runtime) -> None:
+    """Of all families only gpt-oss has such a bias."""
+    assert runtime.gate_bias(3) is None
+    random = np.random.default_rng(0)
+    bias = np.array([0.0, 30.0, 0.0, 60.0], np.float32)
+    tensors = {}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp."
+        tensors |= {f"{stem}experts.{name}": np.zeros(shape, np.float32) for name, shape in GPT_OSS.items()}
+        tensors[f"{stem}router.weight"] = random.standard_normal((4, 8)).astype(np.float32)
+        tensors[f"{stem}router.bias"] = bias * layer
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = {"model_type": "gpt_oss", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2,
+                "num_local_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = RuntimeConfig.from_checkpoint(tmp_path, "50%")
+    with shmroute.create(unique_name(), config, progress=None) as biased:
+        for layer in range(2):
+            assert (biased.gate_bias(layer) == bias * layer).all()
+        x = -biased.gate(1)[1]  # the last that it would choose, were it not for the bias
+        assert np.argmin(biased.gate(1) @ x) == 1
+        assert [request.expert for request in biased.speculate(0, x)] == [3, 1]
 
 
 def test_after_the_last_layer_there_is_nothing_to_ask_for(runtime: Runtime, hidden: np.ndarray) -> None:

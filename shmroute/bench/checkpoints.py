@@ -50,11 +50,29 @@ class Checkpoint:
 
     def forget(self) -> None:
         """Have the kernel drop the file from the page cache."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        forget_pages(self.path)
+
+
+def forget_pages(path: Path) -> None:
+    """Have the kernel drop a file from the page cache, but for what some process has mapped and touched."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Find out whether a file of so many bytes could be written.
+
+    Raises
+    ------
+    ShmrouteError
+        If the disk has no room for it.
+    """
+    room = os.statvfs(folder)
+    if size + SPARE > room.f_bavail * room.f_frsize:
+        raise ShmrouteError(f"{folder} has no room for {what}; set TMPDIR to a folder on a larger disk")
 
 
 def expert_bytes_near(size: int) -> int:
@@ -72,12 +90,7 @@ def checkpoint(folder: Path, experts: int, size: int) -> Iterator[Checkpoint]:
         If the disk has no room for it.
     """
     expert_bytes = expert_bytes_near(size)
-    room = os.statvfs(folder)
-    if experts * expert_bytes + SPARE > room.f_bavail * room.f_frsize:
-        raise ShmrouteError(
-            f"{folder} has no room for {experts} experts of {expert_bytes:,} bytes; set TMPDIR to a folder on a "
-            f"larger disk"
-        )
+    check_room(folder, experts * expert_bytes, f"{experts} experts of {expert_bytes:,} bytes")
     with tempfile.TemporaryDirectory(prefix="shmroute-bench-", dir=folder) as name:
         yield _write(Path(name), experts, expert_bytes)
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from shmroute.bench import concurrency, curves, idle, leases, paging, ring, routing, scaling, sizes, startup
+from shmroute.bench import concurrency, curves, idle, leases, models, paging, ring, routing, scaling, sizes, startup
 from shmroute.bench.measuring import FULL, QUICK, Contestant, Loop, contest, cpus, pinned, warm_up, yardstick
 from shmroute.bench.report import Report, Table, table
 from shmroute.bench.stage import Bench
@@ -28,7 +28,11 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "paging": paging.measure,
     "startup": startup.measure,
     "idle": idle.measure,
+    "models": models.measure,
 }
+
+ON_REQUEST = ("models",)
+"""Groups that run only if they are named: they take many minutes, or much of the disk."""
 
 PEER_PACKAGES = ("torch", "transformers", "pyzmq", "faster-fifo", "iceoryx2", "safetensors", "posix-ipc")
 
@@ -50,7 +54,7 @@ class Watch:
 
 
 def chosen_groups(only: str | None) -> list[str]:
-    """The groups that ``--only`` names, in the suite's order.
+    """The groups that ``--only`` names, in the suite's order; without it, all but those that run on request only.
 
     Raises
     ------
@@ -58,7 +62,7 @@ def chosen_groups(only: str | None) -> list[str]:
         If there is no such group.
     """
     if only is None:
-        return list(GROUPS)
+        return [name for name in GROUPS if name not in ON_REQUEST]
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = [name for name in names if name not in GROUPS]
     if unknown or not names:

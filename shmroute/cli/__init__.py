@@ -24,6 +24,7 @@ from shmroute.cli.output import complain
 from shmroute.cli.pager import pager
 from shmroute.cli.record import record
 from shmroute.cli.replay import replay
+from shmroute.cli.serve import serve
 from shmroute.cli.stat import StatCommand, stat
 from shmroute.errors import ConfigError, ShmrouteError
 
@@ -94,6 +95,7 @@ app.command("eval", help=help_of(eval_))(eval_)
 app.command(help=help_of(destroy))(destroy)
 app.command(help=help_of(doctor))(doctor)
 app.command(help=help_of(bench))(bench)
+app.command(help=help_of(serve))(serve)
 
 
 def main() -> None:

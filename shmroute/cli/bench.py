@@ -18,11 +18,12 @@ from rich.text import Text
 from shmroute.bench.curves import NAMES
 from shmroute.bench.plots import check_plottable, draw
 from shmroute.bench.report import Comparison, Report, Table, check_savable, compare, read_report, save_report
-from shmroute.bench.suite import GROUPS, Watch, chosen_groups, run
+from shmroute.bench.suite import GROUPS, ON_REQUEST, Watch, chosen_groups, run
 from shmroute.cli.output import complain, console, note
 from shmroute.lifecycle import report_compilation
 from shmroute.shared.kernel import load_kernels
 
+GROUPS_HELP = f"Of {', '.join(GROUPS)}; only if named: {', '.join(ON_REQUEST)}."
 VERDICT_STYLES = {"better": "green", "worse": "red", "changed": "yellow"}
 
 
@@ -30,7 +31,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter samples: about a minute in all.")] = False,
     only: Annotated[
         str | None,
-        typer.Option(metavar="GROUP,…", help=f"Of {', '.join(GROUPS)}.", show_default=False),
+        typer.Option(metavar="GROUP,…", help=GROUPS_HELP, show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     save: Annotated[

@@ -13,10 +13,20 @@ from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
 from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
-from shmroute.config import BUDGET_MEASURES, PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
+from shmroute.cli.runtime_options import (
+    Bonus,
+    Budget,
+    BudgetMeasure,
+    Eviction,
+    IoThreads,
+    KeepPageCache,
+    QualityBudget,
+    Trace,
+    TraceLogits,
+)
+from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
-from shmroute.pager.eviction.names import POLICIES
 from shmroute.pager.process import run_pager
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.removal import claim_destruction, unlink_segment, wait_until_gone
@@ -31,49 +41,23 @@ REMOVAL_TIMEOUT = 10.0
 def pager(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face model folder.", show_default=False)],
     name: Annotated[str, typer.Option(help="By which workers attach.", show_default=False)],
-    budget: Annotated[
-        str,
-        typer.Option(help="Memory for experts: a size (2GiB) or a share of all experts (50%).", show_default=False),
-    ],
+    budget: Budget,
     standby: Annotated[
         bool, typer.Option("--standby", help="If another pager is at work, wait for its end and take over.")
     ] = False,
-    io_threads: Annotated[int, typer.Option(help="Loads under way at once.")] = PagerConfig.io_threads,
-    keep_page_cache: Annotated[
-        bool,
-        typer.Option(
-            "--keep-page-cache",
-            help="Leave loaded ranges in the page cache: reloads are faster, memory may be paid twice.",
-        ),
-    ] = False,
+    io_threads: IoThreads = PagerConfig.io_threads,
+    keep_page_cache: KeepPageCache = False,
     max_workers: Annotated[int, typer.Option(help="Worker processes at once.")] = RuntimeConfig.max_workers,
-    bonus: Annotated[
-        float, typer.Option(help="Strength of the rule; by default what is added to a resident expert's logit.")
-    ] = RouterConfig.cache_bonus,
-    quality_budget: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            help="What the bonus may cost a token on average, 0 to 0.5; each layer's is steered by it.",
-        ),
-    ] = RouterConfig.quality_budget,
-    budget_measure: Annotated[
-        str, typer.Option(help=f"What that cost is: {', '.join(BUDGET_MEASURES)}.")
-    ] = RouterConfig.budget_measure,
+    bonus: Bonus = RouterConfig.cache_bonus,
+    quality_budget: QualityBudget = RouterConfig.quality_budget,
+    budget_measure: BudgetMeasure = RouterConfig.budget_measure,
     rule: Rule = RouterConfig.rule,
     top_j: TopJ = RouterConfig.top_j,
     max_rank: MaxRank = RouterConfig.max_rank,
     spared_layers: SparedLayers = RouterConfig.spared_layers,
-    eviction: Annotated[
-        str, typer.Option(help=f"Which expert goes first: {', '.join(POLICIES)}.")
-    ] = PagerConfig.eviction,
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="A folder: workers record there what they route; see 'shmroute record'.", show_default=False),
-    ] = None,
-    trace_logits: Annotated[
-        bool, typer.Option("--trace-logits", help="Record logits too, so that choices can be verified.")
-    ] = False,
+    eviction: Eviction = PagerConfig.eviction,
+    trace: Trace = None,
+    trace_logits: TraceLogits = False,
 ) -> None:
     """Serve a cache of a checkpoint's experts until stopped.
 

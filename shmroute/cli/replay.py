@@ -18,7 +18,7 @@ from shmroute.cli.output import complain, console, human_bytes, human_duration, 
 from shmroute.errors import ConfigError
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
-from shmroute.replay.prefetching import PREFETCHERS
+from shmroute.replay.prefetching import CHOICES, NONE, predictors_of
 from shmroute.shared.words import MAX_LANES
 from shmroute.validation import require, require_float, require_int
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from shmroute.traces import Trace
 
 ALL = "all"
+
+COUNTED = {"issued": "ISSUED", "useful": "USED", "overtaken": "LATE", "cancelled": "CANCELLED"}
+"""Of `Outcome.prefetches`, the columns of the table."""
 
 EXPERT_SIZE = "16MiB"
 """Of traces that do not say how large their experts are."""
@@ -70,10 +73,10 @@ def replay(
     prefetch: Annotated[
         str,
         typer.Option(
-            help=f"What is asked for ahead of demand: {', '.join(PREFETCHERS)} (what a worker's next layer will "
-            "choose: the most that such a prediction could do). Not for belady."
+            help=f"What is asked for ahead of demand, with commas between: {CHOICES}. oracle is what a worker's next "
+            "layer will choose, the most that such a prediction could do. Not for belady."
         ),
-    ] = "none",
+    ] = NONE,
     verify: Annotated[
         bool,
         typer.Option(
@@ -86,17 +89,20 @@ def replay(
     plots: Annotated[
         Path | None,
         typer.Option(
-            help="Also draw hit rates over slots, and experts over time, into this directory (needs shmroute[plots]).",
+            help="Draw hit rates over slots and experts over time into this directory (needs shmroute\\[plots]).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Replay recorded routing offline, with the pager's own eviction policies, and the best possible one, Belady's.
 
-    Hit: the expert was resident, or asked for already. On time: it was there when the worker would compute it, loaded
-    ahead or not. Stall: what a token waits for loads in all. The model of time: a miss is asked for when its token is
+    Hit: the expert was resident, or being loaded already. On time: it was there when the worker would compute it.
+    Stall: what a token waits for loads in all. The model of time: a miss is asked for when its token is
     routed; loads run one after the other at BANDWIDTH; a worker computes a layer's resident experts while others load.
-    What is asked for ahead of demand is loaded when nothing that is demanded is.
+    What is asked for ahead of demand is loaded when nothing that is demanded is; the pager's own predictors and arbiter
+    decide what (PagerConfig's predictors; of them gate needs hidden states, which a trace has not). Of these
+    prefetches: issued; used before they went; late (demanded before their load began); cancelled (stale, or without
+    room); accuracy: those used, of those loaded.
 
     TRACE is a folder that workers recorded to, or what 'shmroute record' made of it; any .npz with ids (integers
     [tokens, layers, k], -1 for not recorded) and meta (JSON with "experts"); a vLLM response with routed experts
@@ -104,6 +110,7 @@ def replay(
     expert.
 
     Example: shmroute replay trace.npz --slots 10%,25%,50% --policies lru,expected-next-use,belady --workers 4
+    --prefetch none,transitions,transitions+affinity,oracle
     """
     # Here, since only this command compiles the kernels of the replay.
     from shmroute.replay.run import replay as replay_trace  # noqa: PLC0415
@@ -118,7 +125,7 @@ def replay(
         require_int("--tokens", tokens, 1, 1 << 40)
     if experts is not None:
         require_int("--experts", experts, 1, 1 << 12)
-    require(prefetch in PREFETCHERS, f"--prefetch must be one of {', '.join(PREFETCHERS)}, not {prefetch!r}")
+    ahead = chosen_prefetching(prefetch)
     chosen = chosen_policies(policies)
     size = None if expert_size is None else _positive("--expert-size", expert_size)
     speed = float(_positive("--bandwidth", bandwidth))
@@ -139,7 +146,7 @@ def replay(
         machine = Machine(size or expert_bytes_of(used), speed, compute / 1000)
         outcomes = replay_trace(
             used, budget, chosen, machine, workers=workers, one_by_one=one_by_one, observe_every=observe_every,
-            prefetcher=PREFETCHERS[prefetch],
+            prefetch=ahead,
         )  # fmt: skip
         results.append(as_dict(used, workers, machine, outcomes))
         if not as_json:
@@ -194,6 +201,23 @@ def chosen_policies(text: str) -> list[str]:
     names = known if text.strip() == ALL else [name.strip() for name in text.split(",")]
     for name in names:
         require(name in known, f"--policies: there is no policy {name!r}; give {', '.join(known)}, or {ALL}")
+    return list(dict.fromkeys(names))
+
+
+def chosen_prefetching(text: str) -> list[str]:
+    """The ways of prefetching that an option names.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such one.
+    """
+    names = ["+".join(part.strip() for part in name.split("+")) for name in text.split(",")]
+    for name in names:
+        try:
+            predictors_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"--prefetch: {error}") from error
     return list(dict.fromkeys(names))
 
 
@@ -260,9 +284,11 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
     )  # fmt: skip
     table.add_column("SLOTS", justify="right", no_wrap=True)
     table.add_column("POLICY", no_wrap=True)
-    labels = ["HIT RATE", "ON TIME", "LOADED/TOKEN", "STALL/TOKEN"]
-    ahead = any(outcome.prefetches_per_token for outcome in outcomes)
-    for label in [*labels, *(["AHEAD/TOKEN", "OF USE"] if ahead else [])]:
+    ahead = any(outcome.prefetch != NONE for outcome in outcomes)
+    if ahead:
+        table.add_column("PREFETCH", overflow="fold")  # a long one makes room for the figures
+    labels = ["HIT RATE", "ON TIME", "STALL/TOKEN", "LOADED/TOKEN", *([] if ahead else ["LOADS"])]
+    for label in [*labels, *([*COUNTED.values(), "ACCURACY"] if ahead else [])]:
         table.add_column(label, justify="right", no_wrap=True)
     previous = None
     for outcome in outcomes:
@@ -273,11 +299,14 @@ def rendered(trace: Trace, workers: int, outcomes: list[Outcome]) -> Table:
         table.add_row(
             label,
             outcome.policy + " (default)" * (outcome.policy == DEFAULT_POLICY),
+            *([outcome.prefetch] if ahead else []),
             f"{outcome.hit_rate:.3f}",
             f"{outcome.on_time:.3f}",
-            human_bytes(math.floor(outcome.bytes_per_token)),
             human_duration(outcome.stall_per_token * 1e6),
-            *([f"{outcome.prefetches_per_token:.2f}", human_share(outcome.prefetch_accuracy)] if ahead else []),
+            human_bytes(math.floor(outcome.bytes_per_token)),
+            *([] if ahead else [str(outcome.loads)]),
+            *([str(outcome.prefetches[count]) for count in COUNTED] if ahead else []),
+            *([human_share(outcome.prefetch_accuracy)] if ahead else []),
         )
     return table
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shmroute.replay.prefetching import NONE
 from shmroute.traces.trace import Trace
 
 COLUMNS = 200
@@ -15,7 +16,7 @@ COLUMNS = 200
 
 
 def draw_hit_rates(result: dict[str, Any], directory: Path) -> Path:
-    """Draw hit rate over slots, a line for each policy, into ``directory/TRACE.png``; where that is.
+    """Draw hit rate over slots, a line for each policy and prefetching, into ``directory/TRACE.png``; where that is.
 
     Parameters
     ----------
@@ -28,10 +29,11 @@ def draw_hit_rates(result: dict[str, Any], directory: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lines: dict[str, list[tuple[int, float]]] = {}
     for outcome in result["results"]:
-        lines.setdefault(outcome["policy"], []).append((outcome["slots"], outcome["hit_rate"]))
-    for policy, points in lines.items():
+        ahead = "" if outcome["prefetch"] == NONE else f", {outcome['prefetch']} ahead"
+        lines.setdefault(outcome["policy"] + ahead, []).append((outcome["slots"], outcome["hit_rate"]))
+    for label, points in lines.items():
         slots, rates = zip(*sorted(points), strict=True)
-        axes.plot(slots, rates, marker="o", label=policy, linestyle="--" if policy == "belady" else "-")
+        axes.plot(slots, rates, marker="o", label=label, linestyle="--" if label == "belady" else "-")
     name = Path(result["trace"]).stem
     axes.set(
         xlabel=f"slots (of {result['num_layers'] * result['num_experts']} experts)",

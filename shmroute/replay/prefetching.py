@@ -1,44 +1,55 @@
-"""Which experts a replay asks for ahead of demand.
+"""What a replay can ask for ahead of demand, by the names of ``--prefetch``.
 
-A prefetcher looks at the accesses and says what it would ask for after each step; a prediction must of course look only
-at what was before. The replay asks for what is not resident, in that order, after the step's own misses; when the
-channel gets to it is for `timing`, what must go for it is for the eviction policy (`serving`).
+| name | |
+|---|---|
+| `none` | nothing |
+| `oracle` | what each worker's next layer will choose: the most that one layer of foresight could do |
+| the pager's predictors, joined by ``+`` | what they propose and its arbiter takes (`shmroute.pager.prefetch`) |
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from shmroute.errors import ConfigError
+from shmroute.pager.prefetch.names import BY_PAGER, PREDICTORS
 from shmroute.replay.accesses import Accesses
+from shmroute.validation import require
+
+NONE: Final = "none"
+ORACLE: Final = "oracle"
+BY_NAME: Final = tuple(name for name, predictor in PREDICTORS.items() if predictor in BY_PAGER)
+"""Of predictors that need nothing but routing."""
+CHOICES: Final = f"{NONE}, {ORACLE}, or some of {', '.join(BY_NAME)} joined by +"
+"""For messages."""
 
 
-class Prefetcher(Protocol):
-    """What a prefetcher is."""
+def predictors_of(name: str) -> tuple[str, ...]:
+    """The pager's predictors that a name stands for: none for `NONE` and `ORACLE`.
 
-    def __call__(self, accesses: Accesses) -> npt.NDArray[np.int64]:
-        """What to ask for once each step is routed: int64 [steps, width] keys, best first, -1 for nothing."""
-        ...
+    Raises
+    ------
+    ConfigError
+        If there are no such predictors, or one is named twice, or the gate is, which needs hidden states.
+    """
+    if name in (NONE, ORACLE):
+        return ()
+    found = tuple(part.strip() for part in name.split("+"))
+    for part in found:
+        if part == "gate":
+            raise ConfigError("the predictor 'gate' needs hidden states, and a trace has only choices: leave it out")
+        require(part in BY_NAME, f"there is no prefetching {part!r} in {name!r}; give {CHOICES}")
+    require(len(set(found)) == len(found), f"{name!r} names a predictor twice")
+    return found
 
 
-def nothing(accesses: Accesses) -> npt.NDArray[np.int64]:
-    """Ask for nothing."""
-    return np.zeros((len(accesses.layers), 0), np.int64)
-
-
-def oracle(accesses: Accesses) -> npt.NDArray[np.int64]:
-    """What the same worker will choose in its next layer: the most that one layer of foresight could do."""
-    asked = np.full((len(accesses.layers), accesses.top_k), -1, np.int64)
+def foreseen(accesses: Accesses) -> list[list[int]]:
+    """For each step, the keys that the same worker wants in its next one."""
+    found: list[list[int]] = [[] for _ in accesses.layers]
     for worker in range(accesses.num_workers):
-        steps = np.flatnonzero(accesses.workers == worker)
-        for step, following in itertools.pairwise(steps):
-            keys = accesses.keys[accesses.starts[following] : accesses.starts[following + 1]]
-            asked[step, : len(keys)] = keys
-    return asked
-
-
-PREFETCHERS: Final[dict[str, Prefetcher]] = {"none": nothing, "oracle": oracle}
-"""By the names of ``--prefetch``."""
+        for step, following in itertools.pairwise(np.flatnonzero(accesses.workers == worker)):
+            found[step] = accesses.keys[accesses.starts[following] : accesses.starts[following + 1]].tolist()
+    return found

@@ -1,8 +1,8 @@
 """The pager's eviction policies over a replay's tables: the very code of `shmroute.pager.eviction`.
 
 In each step the worker publishes what routing publishes (clock, affinity, activations, cursor), then wants its experts
-one after the other; what is not resident is loaded at once, into a free slot or that of a victim. Then what a
-prefetcher proposes for that step is loaded likewise.
+one after the other; what is not resident is loaded at once, into a free slot or that of a victim. Nothing is loaded
+ahead of demand: `player` does that.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.victims import Eviction, admit, find_victim
 from shmroute.replay.accesses import Accesses
 from shmroute.replay.memory import PrivateTables
-from shmroute.shared.affinity import activate, advance_clock, count_activation, power_table
-from shmroute.shared.atomic import WORD, f64_array, i64_array, load, store
+from shmroute.replay.publishing import publish
+from shmroute.shared.affinity import power_table
+from shmroute.shared.atomic import WORD, i64_array, load, store
 from shmroute.shared.kernel import inner, kernel, load_kernels
-from shmroute.shared.layout import LANE_CURSOR, LINE, USE_ACTIVATIONS, USE_AFFINITY, USE_BYTES
 from shmroute.shared.words import ABSENT, RESIDENT, expert_slot, expert_state, pack_expert
 
 _ARRAY = types.int64[::1]
 
 # Columns of the log of loads.
-LOAD_STEP, LOAD_KEY, LOAD_AHEAD = range(3)
-_LOG_COLUMNS = 3
+LOAD_STEP, LOAD_KEY = range(2)
+_LOG_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,11 @@ class Served:
     hits : ndarray
         bool [accesses]: whether its expert was resident, or asked for.
     loads : ndarray
-        int64 [loads, 3], in order: after which step's routing, which key, and 1 if ahead of demand.
-    useful : int
-        Loads ahead of demand whose expert was wanted before it went.
+        int64 [loads, 2], in order: after which step's routing, and which key.
     """
 
     hits: npt.NDArray[np.bool_]
     loads: npt.NDArray[np.int64]
-    useful: int
 
 
 @inner
@@ -80,10 +77,7 @@ def is_resident(table: int, key: int) -> bool:
 
 
 @kernel(
-    types.int64(
-        types.int64, _ARRAY, _ARRAY, _ARRAY, _ARRAY, types.int64[:, ::1], _ARRAY, types.int64[:, ::1], _ARRAY,
-        types.int64,
-    )
+    types.int64(types.int64, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, types.int64[:, ::1], types.int64)
 )  # fmt: skip
 def serve(
     table: int,
@@ -91,67 +85,36 @@ def serve(
     starts: npt.NDArray[np.int64],
     layers: npt.NDArray[np.int64],
     workers: npt.NDArray[np.int64],
-    proposals: npt.NDArray[np.int64],
     hits: npt.NDArray[np.int64],
     loads: npt.NDArray[np.int64],
-    ahead: npt.NDArray[np.int64],
     observe_every: int,
 ) -> int:
     """Serve all accesses; how many loads that took.
 
     Parameters
     ----------
-    proposals : ndarray
-        int64 [steps, width]: what a prefetcher asks for after each step.
     hits : ndarray
         int64 [accesses], 0: set to 1 where the expert was resident.
     loads : ndarray
-        int64 [enough, 3]: filled as `Served.loads`.
-    ahead : ndarray
-        int64 [experts of all layers + 1], 0: what was loaded ahead of demand and not wanted yet; in the last, in the
-        end, how many were wanted.
+        int64 [enough, 2]: filled as `Served.loads`.
     """
-    words = i64_array(table, t.TABLE_WORDS)
-    experts = words[t.NUM_EXPERTS]
-    boost = f64_array(words[t.NUMBERS], 4)[t.BOOST]
-    used, loaded, useful = 0, 0, 0
+    used, loaded = 0, 0
     for step in range(len(layers)):
-        layer = layers[step]
-        clock = words[t.CLOCK] + layer * LINE
-        start = advance_clock(clock, 1)
-        for i in range(starts[step], starts[step + 1]):
-            use = words[t.USES] + layer * words[t.USE_ROW_BYTES] + keys[i] % experts * USE_BYTES
-            activate(use + USE_AFFINITY, clock, words[t.POWERS], start, start + 1, boost, 1.0, 1.0)
-            count_activation(use + USE_ACTIVATIONS, 1)
-        store(words[t.LANES] + workers[step] * words[t.LANE_BYTES] + LANE_CURSOR, layer)
+        publish(table, workers[step], layers[step], keys, starts[step], starts[step + 1])
         if step % observe_every == 0:
             observe_history(table)
         for i in range(starts[step], starts[step + 1]):
             key = keys[i]
             if is_resident(table, key):
                 hits[i] = 1
-                useful += ahead[key]
-                ahead[key] = 0
                 continue
             used = bring(table, key, used)
-            ahead[key] = 0
-            loads[loaded, LOAD_STEP], loads[loaded, LOAD_KEY], loads[loaded, LOAD_AHEAD] = step, key, 0
+            loads[loaded, LOAD_STEP], loads[loaded, LOAD_KEY] = step, key
             loaded += 1
-        for i in range(proposals.shape[1]):
-            key = proposals[step, i]
-            if key < 0 or is_resident(table, key):
-                continue
-            used = bring(table, key, used)
-            ahead[key] = 1
-            loads[loaded, LOAD_STEP], loads[loaded, LOAD_KEY], loads[loaded, LOAD_AHEAD] = step, key, 1
-            loaded += 1
-    ahead[len(ahead) - 1] = useful
     return loaded
 
 
-def serve_accesses(
-    accesses: Accesses, slots: int, policy: str, proposals: npt.NDArray[np.int64], observe_every: int = 1
-) -> Served:
+def serve_accesses(accesses: Accesses, slots: int, policy: str, observe_every: int = 1) -> Served:
     """Serve all accesses by one policy.
 
     Parameters
@@ -160,8 +123,6 @@ def serve_accesses(
     slots : int
     policy : str
         One of `shmroute.pager.eviction.names.POLICIES`.
-    proposals : ndarray
-        What a `Prefetcher` makes of the accesses.
     observe_every : int
         The pager looks at what was published once in so many steps.
     """
@@ -169,17 +130,15 @@ def serve_accesses(
     tables = PrivateTables(accesses.settings(slots, PagerConfig(eviction=policy)))
     eviction = Eviction(tables, power_table(tables.config.affinity.decay))
     hits = np.zeros(len(accesses.keys), np.int64)
-    loads = np.zeros((len(accesses.keys) + proposals.size, _LOG_COLUMNS), np.int64)
-    ahead = np.zeros(accesses.num_layers * accesses.num_experts + 1, np.int64)
+    loads = np.zeros((len(accesses.keys), _LOG_COLUMNS), np.int64)
     count = serve(
-        eviction.table, accesses.keys, accesses.starts, accesses.layers, accesses.workers, proposals, hits, loads,
-        ahead, observe_every,
-    )  # fmt: skip
-    return Served(hits.astype(np.bool_), loads[:count], int(ahead[-1]))
+        eviction.table, accesses.keys, accesses.starts, accesses.layers, accesses.workers, hits, loads, observe_every
+    )
+    return Served(hits.astype(np.bool_), loads[:count])
 
 
 def on_demand(accesses: Accesses, hits: npt.NDArray[np.bool_]) -> Served:
     """The loads of a policy that asks for what is missed, and for nothing else."""
     steps = np.repeat(np.arange(len(accesses.layers)), np.diff(accesses.starts))
     missed = np.flatnonzero(~hits)
-    return Served(hits, np.stack([steps[missed], accesses.keys[missed], np.zeros_like(missed)], axis=1), 0)
+    return Served(hits, np.stack([steps[missed], accesses.keys[missed]], axis=1))

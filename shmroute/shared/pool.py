@@ -51,7 +51,7 @@ class ExpertWeights(Mapping[str, npt.NDArray[Any]]):
     """One resident expert's tensors by name: read-only, zero-copy, valid while the lease is held.
 
     For gated feed-forward experts ``w["gate"]`` and ``w["up"]`` are [intermediate, hidden] and ``w["down"]`` is
-    [hidden, intermediate], in the checkpoint's dtype.
+    [hidden, intermediate], in the checkpoint's dtype; what gpt-oss has instead is told by `TensorLayout`.
 
     Attributes
     ----------

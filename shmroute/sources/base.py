@@ -38,7 +38,10 @@ class TensorLayout:
     Attributes
     ----------
     name : str
-        ``"gate"``, ``"up"`` or ``"down"`` for gated feed-forward experts.
+        Of gated feed-forward experts, of hidden size H and intermediate size I: ``"gate"`` and ``"up"`` [I, H] and
+        ``"down"`` [H, I]; or, as gpt-oss stores them, to be multiplied from the right, ``"gate_up"`` [H, 2I] with
+        ``"gate_up_bias"`` [2I], whose even columns are the gate's and odd ones the up projection's, and ``"down"``
+        [I, H] with ``"down_bias"`` [H].
     offset : int
         Bytes from the start of the expert.
     shape : tuple of int
@@ -233,6 +236,12 @@ class ExpertSource(Protocol):
 
     def gate(self, layer: int) -> npt.NDArray[np.float32]:
         """The router's weights of one MoE layer, float32 [num_experts, hidden_size]."""
+
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """What the router adds to its logits, float32 [num_experts]: they are ``x @ gate.T + gate_bias``.
+
+        None if it adds nothing. Unlike `correction_bias` it counts in weights as well as for choosing.
+        """
 
     def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
         """What the router adds to each expert's sigmoid when choosing, float32 [num_experts]; None if it does not."""

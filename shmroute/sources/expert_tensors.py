@@ -1,23 +1,28 @@
 """Which tensors of a checkpoint hold each expert, and where in which file they lie.
 
-Two spellings are read, layer by layer:
+Three spellings are read, the first two layer by layer:
 
 - one tensor per projection and expert, ``LAYER.BLOCK.experts.N.gate_proj.weight`` [I, H], ``up_proj`` [I, H],
   ``down_proj`` [H, I], or under Mixtral's names ``w1`` (gate), ``w3`` (up) and ``w2`` (down);
 - fused over the experts, ``LAYER.BLOCK.experts.gate_up_proj`` [E, 2I, H], gate rows first, and
   ``LAYER.BLOCK.experts.down_proj`` [E, H, I];
+- gpt-oss's, fused, transposed, with biases and interleaved: ``LAYER.BLOCK.experts.gate_up_proj`` [E, H, 2I] and
+  ``gate_up_proj_bias`` [E, 2I], whose even columns are the gate's and odd ones the up projection's, ``down_proj``
+  [E, I, H] and ``down_proj_bias`` [E, H];
 
 with ``BLOCK`` either ``mlp`` or ``block_sparse_moe``, and the router's ``LAYER.BLOCK.gate.weight`` [E, H], in some
-families also ``LAYER.BLOCK.gate.e_score_correction_bias`` [E]. E experts, hidden size H, an expert's intermediate
-size I. Any other tensor under ``experts.`` is an error: it would change what the experts compute, and nobody would
-notice its absence.
+families also ``LAYER.BLOCK.gate.e_score_correction_bias`` [E]; gpt-oss has ``LAYER.BLOCK.router.weight`` [E, H] and
+``LAYER.BLOCK.router.bias`` [E]. E experts, hidden size H, an expert's intermediate size I. Any other tensor under
+``experts.`` is an error: it would change what the experts compute, and nobody would notice its absence.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NoReturn
 
 import numpy as np
@@ -34,7 +39,7 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _MOE_NAME = re.compile(
     r"(?P<prefix>|model\.|language_model\.model\.|model\.language_model\.)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
-    r"(?P<rest>(?P<block>mlp|block_sparse_moe)\.(?P<kind>experts\.|gate\.|e_score_correction_bias).*)",
+    r"(?P<rest>(?P<block>mlp|block_sparse_moe)\.(?P<kind>experts\.|gate\.|router\.|e_score_correction_bias).*)",
     re.DOTALL,
 )
 _QUANTIZED = re.compile(
@@ -42,8 +47,19 @@ _QUANTIZED = re.compile(
 )
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL_PROJECTIONS = ("w1", "w3", "w2")
-PARTS = 3
-"""An expert's tensors, everywhere in the order gate, up, down."""
+_INTERLEAVED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+
+def expert_parts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of which a model's experts are served, in this order everywhere, and their shapes.
+
+    They follow from the family, not from which of its spellings a layer has.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if config.interleaved:
+        return {"gate_up": (hidden, 2 * inner), "gate_up_bias": (2 * inner,), "down": (inner, hidden),
+                "down_bias": (hidden,)}  # fmt: skip
+    return {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +81,33 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """Where everything is: 36 bytes per expert (560 KB for 61 layers of 256), whatever the experts' size.
+    """Where everything is: 10 bytes for each part of an expert (470 KB for 61 layers of 256), whatever its size.
 
     Attributes
     ----------
     dtype : str
         A key of `DTYPES`; the same for all experts.
-    file : int16 array [layers, experts, 3]
-        Index of the file that holds an expert's gate, up and down projection.
-    begin : int64 array [layers, experts, 3]
+    file : int16 array [layers, experts, parts]
+        Index of the file that holds each of an expert's `expert_parts`.
+    begin : int64 array [layers, experts, parts]
         Their absolute offsets, in bytes.
-    names : tuple of (str, str, str)
-        For each layer the tensors' names, with ``{}`` for the expert's number where it is part of the name.
+    names : tuple of tuple of str
+        For each layer the name of the tensor that holds each part, with ``{}`` for the expert's number where it is
+        part of the name.
     gates : tuple of (str, StoredTensor)
         For each layer the router's name and place.
-    biases : tuple of (str, StoredTensor)
-        For each layer those of its correction bias; empty if the family has none.
+    gate_biases, correction_biases : tuple of (str, StoredTensor)
+        For each layer those of the bias on the router's logits, and of the one for choosing only; empty if the family
+        has none.
     """
 
     dtype: str
     file: npt.NDArray[np.int16]
     begin: npt.NDArray[np.int64]
-    names: tuple[tuple[str, str, str], ...]
+    names: tuple[tuple[str, ...], ...]
     gates: tuple[tuple[str, StoredTensor], ...]
-    biases: tuple[tuple[str, StoredTensor], ...]
+    gate_biases: tuple[tuple[str, StoredTensor], ...]
+    correction_biases: tuple[tuple[str, StoredTensor], ...]
 
 
 def is_moe_tensor(name: str) -> bool:
@@ -116,7 +135,7 @@ def find_expert_tensors(
     UnsupportedDtypeError
         If experts are quantised.
     UnsupportedScoringError
-        If the router has more than a weight, and the correction bias that its family has.
+        If the router has more than a weight, and the bias that its family has.
     CheckpointError
         If a tensor is missing or unknown, or has not the shape or dtype that it should.
     """
@@ -134,23 +153,28 @@ def find_expert_tensors(
     # One layer at a time: config.json may promise a thousand times what the files have.
     files: list[npt.NDArray[np.int16]] = []
     begins: list[npt.NDArray[np.int64]] = []
-    names: list[tuple[str, str, str]] = []
+    names: list[tuple[str, ...]] = []
     gates: list[tuple[str, StoredTensor]] = []
-    biases: list[tuple[str, StoredTensor]] = []
+    gate_biases: list[tuple[str, StoredTensor]] = []
+    correction_biases: list[tuple[str, StoredTensor]] = []
     dtype: str | None = None
+    parts = len(expert_parts(config))
     for number in config.moe_layers:
         layer = _Layer(config, number, layers.get(number, {}), tensors, listing)
-        files.append(np.empty((config.num_experts, PARTS), np.int16))
-        begins.append(np.empty((config.num_experts, PARTS), np.int64))
+        files.append(np.empty((config.num_experts, parts), np.int16))
+        begins.append(np.empty((config.num_experts, parts), np.int64))
         dtype = layer.place(files[-1], begins[-1], dtype)
         names.append(layer.templates)
         gates.append(layer.gate())
+        if config.has_gate_bias:
+            gate_biases.append(layer.gate_bias())
         if config.has_correction_bias:
-            biases.append(layer.correction_bias())
+            correction_biases.append(layer.correction_bias())
     assert dtype is not None, "a ModelConfig has at least one MoE layer"
     return ExpertTensors(
-        DTYPE_NAMES[dtype], np.stack(files), np.stack(begins), tuple(names), tuple(gates), tuple(biases)
-    )
+        DTYPE_NAMES[dtype], np.stack(files), np.stack(begins), tuple(names), tuple(gates), tuple(gate_biases),
+        tuple(correction_biases),
+    )  # fmt: skip
 
 
 def _by_layer(config: ModelConfig, names: Iterable[str], listing: str) -> dict[int, dict[str, str]]:
@@ -199,14 +223,19 @@ class _Layer:
             raise CheckpointError(listing, f"layer {number} has tensors both under {' and '.join(blocks)}")
         first_rest, first_name = next(iter(experts.items()))
         stem = first_name.removesuffix(first_rest) + blocks[0] + "."
-        self._gate_name = f"{stem}gate.weight"
-        self._bias_name = f"{stem}gate.e_score_correction_bias"
+        router = "router" if config.interleaved else "gate"
+        self._gate_name = f"{stem}{router}.weight"
+        self._gate_bias_name = f"{stem}{router}.bias"
+        self._correction_bias_name = f"{stem}{router}.e_score_correction_bias"
         for rest, name in own.items():
             # First, since an encoding's tensors stand in for the ones that would be missed below.
             self._refuse_quantized(rest, name)
 
-        self._fused = f"{blocks[0]}.experts.gate_up_proj" in experts
-        if self._fused:
+        self.templates: tuple[str, ...]
+        self._fused = config.interleaved or f"{blocks[0]}.experts.gate_up_proj" in experts
+        if config.interleaved:
+            self.templates = tuple(f"{stem}experts.{name}" for name in _INTERLEAVED)
+        elif self._fused:
             pair = f"{stem}experts.gate_up_proj"
             self.templates = (pair, pair, f"{stem}experts.down_proj")
         else:
@@ -218,7 +247,8 @@ class _Layer:
                 f"{stem}experts.{{}}.{down}.weight",
             )
         known = set(self._expected()) | {self._gate_name}
-        known |= {self._bias_name} if config.has_correction_bias else set()
+        known |= {self._gate_bias_name} if config.has_gate_bias else set()
+        known |= {self._correction_bias_name} if config.has_correction_bias else set()
         for rest, name in own.items():
             if name not in known:
                 self._refuse_unknown(rest, name)
@@ -240,11 +270,15 @@ class _Layer:
         if ".experts." in rest:
             raise CheckpointError(
                 path,
-                f"not expected: config.json says {self._config.num_experts} experts of a gate, an up and a "
-                f"down projection each",
+                f"not expected: config.json says {self._config.num_experts} experts, and those of a "
+                f"{self._config.model_type} model have {', '.join(expert_parts(self._config))} each",
                 name,
             )
-        raise UnsupportedScoringError(path, "the router has more than a weight; that is not supported", name)
+        raise UnsupportedScoringError(
+            path,
+            f"the router has more than a weight{' and a bias' * self._config.has_gate_bias}; that is not supported",
+            name,
+        )
 
     def _require(self, name: str) -> StoredTensor:
         tensor = self._tensors.get(name)
@@ -273,14 +307,13 @@ class _Layer:
         return tensor
 
     def place(self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None) -> str:
-        """Fill in where this layer's experts are ([experts, 3] each), and return their dtype.
+        """Fill in where this layer's experts are ([experts, parts] each), and return their dtype.
 
         `dtype` is that of the layers before, which this one's must be too; None for the first.
         """
         if self._fused:
             return self._place_fused(file, begin, dtype)
-        hidden, inner = self._config.hidden_size, self._config.intermediate_size
-        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        shapes = expert_parts(self._config).values()
         for expert in range(self._config.num_experts):
             for part, (template, shape) in enumerate(zip(self.templates, shapes, strict=True)):
                 tensor = self._expert_tensor(template.replace("{}", str(expert)), shape, dtype)
@@ -290,39 +323,50 @@ class _Layer:
         return dtype
 
     def _place_fused(self, file: npt.NDArray[np.int16], begin: npt.NDArray[np.int64], dtype: str | None) -> str:
+        if not self._config.interleaved:
+            self._refuse_transposed()
+        count, shapes = self._config.num_experts, list(expert_parts(self._config).values())
+        # Parts of one tensor lie one after the other along an expert's first axis, and are of one shape.
+        for name, held in groupby(range(len(shapes)), self.templates.__getitem__):
+            parts = list(held)
+            first, *others = shapes[parts[0]]
+            tensor = self._expert_tensor(name, (count, len(parts) * first, *others), dtype)
+            dtype = tensor.entry.dtype
+            one = math.prod(shapes[parts[0]]) * DTYPES[DTYPE_NAMES[dtype]].itemsize
+            file[:, parts] = tensor.file
+            begin[:, parts] = tensor.entry.begin + one * np.arange(count * len(parts)).reshape(count, len(parts))
+        assert dtype is not None, "an expert has at least one part"
+        return dtype
+
+    def _refuse_transposed(self) -> None:
+        """Say so where a family's fused experts are stored as only gpt-oss's should be."""
         experts, hidden, inner = (
             self._config.num_experts,
             self._config.hidden_size,
             self._config.intermediate_size,
         )
-        pair_name, _, down_name = self.templates
-        pair, down = self._require(pair_name), self._require(down_name)
         # One of the two shapes may read either way (2I = H, or I = H), never both.
+        pair, down = self._require(self.templates[0]), self._require(self.templates[-1])
         if (pair.entry.shape, down.entry.shape) == ((experts, hidden, 2 * inner), (experts, inner, hidden)):
             raise CheckpointError(
                 pair.path,
                 f"the fused experts are stored transposed, as [experts, hidden, 2 * intermediate] "
-                f"{list(pair.entry.shape)}; only [experts, 2 * intermediate, hidden] is supported",
-                pair_name,
+                f"{list(pair.entry.shape)}; of a {self._config.model_type} model only "
+                f"[experts, 2 * intermediate, hidden] is supported",
+                self.templates[0],
             )
-        pair = self._expert_tensor(pair_name, (experts, 2 * inner, hidden), dtype)
-        dtype = pair.entry.dtype
-        down = self._expert_tensor(down_name, (experts, hidden, inner), dtype)
-        one = inner * hidden * DTYPES[DTYPE_NAMES[dtype]].itemsize
-        step = np.arange(experts, dtype=np.int64) * one
-        file[:, :2], file[:, 2] = pair.file, down.file
-        begin[:, 0] = pair.entry.begin + 2 * step
-        begin[:, 1] = begin[:, 0] + one
-        begin[:, 2] = down.entry.begin + step
-        return dtype
 
     def gate(self) -> tuple[str, StoredTensor]:
         """The router's name and place."""
         return self._router_tensor(self._gate_name, (self._config.num_experts, self._config.hidden_size))
 
+    def gate_bias(self) -> tuple[str, StoredTensor]:
+        """The name and place of the bias on the router's logits."""
+        return self._router_tensor(self._gate_bias_name, (self._config.num_experts,))
+
     def correction_bias(self) -> tuple[str, StoredTensor]:
         """The name and place of the router's correction bias."""
-        return self._router_tensor(self._bias_name, (self._config.num_experts,))
+        return self._router_tensor(self._correction_bias_name, (self._config.num_experts,))
 
     def _router_tensor(self, name: str, shape: tuple[int, ...]) -> tuple[str, StoredTensor]:
         tensor = self._require(name)

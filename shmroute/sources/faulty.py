@@ -263,6 +263,10 @@ class FaultySource:
         """The inner source's; faults apply to experts only."""
         return self._inner.gate(layer)
 
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """As the inner source's."""
+        return self._inner.gate_bias(layer)
+
     def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
         """As the inner source's."""
         return self._inner.correction_bias(layer)

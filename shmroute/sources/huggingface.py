@@ -1,9 +1,9 @@
 """Experts out of a Hugging Face model folder, read from the safetensors files as they are.
 
 Use it for a local folder with ``config.json`` and weights of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2,
-DeepSeek-V3 or GLM-4-MoE in float32, float16 or bfloat16. It downloads, converts and dequantises nothing: an
-expert's bytes go from the file into the given buffer, gate, up and down projection back to back, and whatever
-cannot be served like that is an error that names the file and the tensor.
+DeepSeek-V3, GLM-4-MoE or gpt-oss in float32, float16 or bfloat16. It downloads, converts and dequantises nothing: an
+expert's bytes go from the file into the given buffer, its `expert_parts` back to back, and whatever cannot be served
+like that is an error that names the file and the tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ import xxhash
 from shmroute.errors import CheckpointError
 from shmroute.sources.base import DTYPES, ExpertGeometry, SourceSpec, TensorLayout
 from shmroute.sources.bounded_json import read_json_object, shown
-from shmroute.sources.expert_tensors import DTYPE_NAMES, StoredTensor, find_expert_tensors, is_moe_tensor
+from shmroute.sources.expert_tensors import (
+    DTYPE_NAMES,
+    StoredTensor,
+    expert_parts,
+    find_expert_tensors,
+    is_moe_tensor,
+)
 from shmroute.sources.model_config import ModelConfig, read_model_config
 from shmroute.sources.safetensors_header import read_header_of
 from shmroute.sources.served_file import ServedFile
@@ -194,6 +200,17 @@ class HuggingFaceSource:
         self._check_index(layer, 0)
         return self._router_tensor(*self._tensors.gates[layer])
 
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """What the router of one MoE layer adds to its logits, in the families that do; see `ExpertSource`.
+
+        Raises
+        ------
+        CheckpointError, OSError
+            As `read_into`.
+        """
+        self._check_index(layer, 0)
+        return self._router_tensor(*self._tensors.gate_biases[layer]) if self._tensors.gate_biases else None
+
     def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
         """``e_score_correction_bias`` of one MoE layer, in the families that have it; see `ExpertSource`.
 
@@ -203,9 +220,7 @@ class HuggingFaceSource:
             As `read_into`.
         """
         self._check_index(layer, 0)
-        if not self._tensors.biases:
-            return None
-        return self._router_tensor(*self._tensors.biases[layer])
+        return self._router_tensor(*self._tensors.correction_biases[layer]) if self._tensors.correction_biases else None
 
     def _router_tensor(self, name: str, tensor: StoredTensor) -> npt.NDArray[np.float32]:
         raw = bytearray(tensor.entry.end - tensor.entry.begin)
@@ -262,12 +277,15 @@ class HuggingFaceSource:
         A fine-tuned model has the same headers and sizes as its base, but will hardly have the same weights
         here. Hashing all weights instead would mean reading them all at every start.
         """
-        for layer, gate in enumerate(self._tensors.gates):
-            router = [gate, self._tensors.biases[layer]] if self._tensors.biases else [gate]
-            places = [(tensor.file, tensor.entry.begin, tensor.entry.end, name) for name, tensor in router]
-            down, begin = self._layouts[-1], int(self._tensors.begin[layer, 0, -1])
-            name = self._tensor_name(layer, 0, len(self._layouts) - 1)
-            places.append((int(self._tensors.file[layer, 0, -1]), begin, begin + down.nbytes, name))
+        router = (self._tensors.gates, self._tensors.gate_biases, self._tensors.correction_biases)
+        for layer in range(len(self._tensors.gates)):
+            places = [
+                (tensor.file, tensor.entry.begin, tensor.entry.end, name)
+                for name, tensor in (tensors[layer] for tensors in router if tensors)
+            ]
+            for part, layout in enumerate(self._layouts):
+                file, begin = int(self._tensors.file[layer, 0, part]), int(self._tensors.begin[layer, 0, part])
+                places.append((file, begin, begin + layout.nbytes, self._tensor_name(layer, 0, part)))
             for file, begin, end, what in places:
                 raw = bytearray(min(end - begin, _SAMPLE_BYTES))
                 self._files[file].read_into([memoryview(raw)], begin, what)
@@ -282,10 +300,11 @@ def _absorb(digest: xxhash.xxh3_128, *parts: bytes) -> None:
 
 
 def _layouts(config: ModelConfig, dtype: str) -> tuple[TensorLayout, ...]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    gate = TensorLayout("gate", 0, (inner, hidden), dtype)
-    up = TensorLayout("up", gate.nbytes, (inner, hidden), dtype)
-    return gate, up, TensorLayout("down", up.offset + up.nbytes, (hidden, inner), dtype)
+    layouts: list[TensorLayout] = []
+    for name, shape in expert_parts(config).items():
+        offset = layouts[-1].offset + layouts[-1].nbytes if layouts else 0
+        layouts.append(TensorLayout(name, offset, shape, dtype))
+    return tuple(layouts)
 
 
 def _list_weights(folder: str) -> tuple[str, dict[str, list[str]] | None, list[str]]:

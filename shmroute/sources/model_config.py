@@ -37,6 +37,10 @@ class ModelConfig:
     scoring : ModelScoring
     has_correction_bias : bool
         Whether the router has one, for choosing only.
+    has_gate_bias : bool
+        Whether the router adds one to its logits.
+    interleaved : bool
+        Whether the weights are spelt as gpt-oss spells them; see `expert_tensors`.
     hidden_size, intermediate_size : int
         The latter of one expert.
     """
@@ -48,6 +52,8 @@ class ModelConfig:
     top_k: int
     scoring: ModelScoring
     has_correction_bias: bool
+    has_gate_bias: bool
+    interleaved: bool
     hidden_size: int
     intermediate_size: int
 
@@ -199,11 +205,14 @@ class _Family:
     """How one family's file differs.
 
     `intermediate_key`: an expert's size, which is not the size of the family's dense layers where it has any.
+    `gate_bias`, `interleaved`: see `ModelConfig`.
     """
 
     scoring: Callable[[_Keys], ModelScoring]
     intermediate_key: str
     layers: Callable[[_Keys, int], tuple[int, ...]]
+    gate_bias: bool = False
+    interleaved: bool = False
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -214,6 +223,8 @@ _FAMILIES: dict[str, _Family] = {
     "deepseek_v2": _Family(_deepseek_v2, "moe_intermediate_size", _after_dense_layers(0)),
     "deepseek_v3": _Family(_deepseek_v3((8, 4), 2.5), "moe_intermediate_size", _after_dense_layers(3)),
     "glm4_moe": _Family(_deepseek_v3((1, 1), 1.0), "moe_intermediate_size", _after_dense_layers(1)),
+    # Softmax over the chosen logits alone: the same as renormalised softmax over all of them.
+    "gpt_oss": _Family(_always_renormalized, "intermediate_size", _every_layer, gate_bias=True, interleaved=True),
 }
 SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
 
@@ -246,7 +257,8 @@ def read_model_config(path: str) -> ModelConfig:
     if keys.get("quantization_config") is not None:
         raise UnsupportedDtypeError(
             path,
-            "the model is quantised (quantization_config); float32, float16 and bfloat16 can be served",
+            "the model is quantised (quantization_config); float32, float16 and bfloat16 can be served, so "
+            "dequantise it and save it as one of them",
         )
     family = _FAMILIES[model_type]
     layers = keys.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
@@ -254,7 +266,7 @@ def read_model_config(path: str) -> ModelConfig:
     moe_layers = family.layers(keys, layers)
     if not moe_layers:
         raise CheckpointError(path, f"by its keys, none of the model's {layers} layers has experts")
-    top_k = keys.integer("num_experts_per_tok", low=1, high=experts)
+    top_k = keys.integer("num_experts_per_tok", "experts_per_token", low=1, high=experts)
     scoring = family.scoring(keys)
     _check_groups(keys, scoring, experts, top_k)
     return ModelConfig(
@@ -265,6 +277,8 @@ def read_model_config(path: str) -> ModelConfig:
         top_k=top_k,
         scoring=scoring,
         has_correction_bias=scoring.scoring == "sigmoid",
+        has_gate_bias=family.gate_bias,
+        interleaved=family.interleaved,
         hidden_size=keys.integer("hidden_size", low=1, high=MAX_EXTENT),
         intermediate_size=keys.integer(family.intermediate_key, low=1, high=MAX_EXTENT),
     )

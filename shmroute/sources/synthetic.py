@@ -157,6 +157,10 @@ class SyntheticSource:
         uniform = (words >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0
         return (uniform / math.sqrt(shape[1])).astype(np.float32).reshape(shape)
 
+    def gate_bias(self, layer: int) -> None:
+        """None: its logits are ``x @ gate.T``."""
+        self._check_index(layer, 0)
+
     def correction_bias(self, layer: int) -> None:
         """None: its model scores by softmax."""
         self._check_index(layer, 0)

@@ -13,7 +13,6 @@ from shmroute.errors import NonFiniteLogitsError
 from shmroute.evaluation.loop import steps
 from shmroute.evaluation.pools import Pools
 from shmroute.replay.accesses import accesses_of
-from shmroute.replay.prefetching import nothing
 from shmroute.replay.serving import serve_accesses
 from shmroute.shared.metrics import LaneCounter
 from shmroute.traces import Trace
@@ -56,7 +55,7 @@ def test_without_a_bonus_a_pool_hits_what_a_replay_of_its_choices_hits(policy: s
     trace = Trace("made", "made", chosen[0].reshape(-1, LAYERS, 2), EXPERTS, seq_id=sequences)
     counts = pools.counts().sum((0, 1))
     accesses = accesses_of(trace, STREAMS)
-    served = serve_accesses(accesses, 12, policy, nothing(accesses))
+    served = serve_accesses(accesses, 12, policy)
     assert counts[LaneCounter.HITS] == served.hits.sum()
     assert counts[LaneCounter.HITS] + counts[LaneCounter.MISSES] == chosen.size
     assert counts[LaneCounter.LOADS] == counts[LaneCounter.MISSES]

@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1, "topk_group": 1, "topk_method": "group_limited_greedy", "scoring_func": "softmax",
         "routed_scaling_factor": 1.0,
     },
+    "gpt_oss": {"num_local_experts": EXPERTS, "intermediate_size": INNER, "experts_per_token": 1},
 }  # fmt: skip
 for family, own in CONFIGS.items():
     CONFIGS[family] = own | {
@@ -51,15 +52,27 @@ for family, own in CONFIGS.items():
     }  # fmt: skip
 
 
-def tensors_of(fused: bool) -> dict[str, np.ndarray[Any, Any]]:
-    """The weights of a model with 2 layers of 2 experts, in Mixtral's spelling or fused."""
+FUSED: dict[str, dict[str, tuple[int, ...]]] = {
+    "fused": {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)},
+    "gpt_oss": {
+        "gate_up_proj": (HIDDEN, 2 * INNER), "gate_up_proj_bias": (2 * INNER,), "down_proj": (INNER, HIDDEN),
+        "down_proj_bias": (HIDDEN,),
+    },
+}  # fmt: skip
+SPELLINGS = ("separate", *FUSED)
+
+
+def tensors_of(spelling: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The weights of a model with 2 layers of 2 experts, in Mixtral's spelling, fused, or in gpt-oss's."""
     made = {}
     for layer in range(LAYERS):
-        stem = f"model.layers.{layer}.{'mlp' if fused else 'block_sparse_moe'}."
-        made[f"{stem}gate.weight"] = np.ones((EXPERTS, HIDDEN), np.float32)
-        if fused:
-            made[f"{stem}experts.gate_up_proj"] = np.ones((EXPERTS, 2 * INNER, HIDDEN), np.float32)
-            made[f"{stem}experts.down_proj"] = np.ones((EXPERTS, HIDDEN, INNER), np.float32)
+        stem = f"model.layers.{layer}.{'mlp' if spelling in FUSED else 'block_sparse_moe'}."
+        made[f"{stem}{'router' if spelling == 'gpt_oss' else 'gate'}.weight"] = np.ones((EXPERTS, HIDDEN), np.float32)
+        if spelling == "gpt_oss":
+            made[f"{stem}router.bias"] = np.ones(EXPERTS, np.float32)
+        if spelling in FUSED:
+            for name, shape in FUSED[spelling].items():
+                made[f"{stem}experts.{name}"] = np.ones((EXPERTS, *shape), np.float32)
             continue
         for expert in range(EXPERTS):
             for name, shape in (("w1", (INNER, HIDDEN)), ("w3", (INNER, HIDDEN)), ("w2", (HIDDEN, INNER))):
@@ -67,11 +80,16 @@ def tensors_of(fused: bool) -> dict[str, np.ndarray[Any, Any]]:
     return made
 
 
-def write_checkpoint(folder: Path, *, fused: bool, sharded: bool) -> None:
+def config_of(spelling: str) -> dict[str, Any]:
+    """The ``config.json`` of a model in a spelling."""
+    return CONFIGS["gpt_oss" if spelling == "gpt_oss" else "mixtral"]
+
+
+def write_checkpoint(folder: Path, spelling: str = "separate", *, sharded: bool) -> None:
     """A sound checkpoint."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS["mixtral"]))
-    tensors = tensors_of(fused)
+    (folder / "config.json").write_text(json.dumps(config_of(spelling)))
+    tensors = tensors_of(spelling)
     if not sharded:
         save_file(tensors, folder / "model.safetensors")
         return
@@ -84,11 +102,16 @@ def write_checkpoint(folder: Path, *, fused: bool, sharded: bool) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
-@pytest.fixture(scope="module", params=["one file", "shards", "fused", "fused shards"])
+@pytest.fixture(
+    scope="module",
+    params=[(spelling, sharded) for spelling in SPELLINGS for sharded in (False, True)],
+    ids=lambda made: f"{made[0]}{' shards' * made[1]}",
+)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound checkpoint; every test puts it right again."""
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    write_checkpoint(folder, fused="fused" in request.param, sharded="shards" in request.param)
+    spelling, sharded = request.param
+    write_checkpoint(folder, spelling, sharded=sharded)
     return folder
 
 
@@ -114,6 +137,8 @@ def opens_or_refuses(folder: Path) -> CheckpointError | None:
                 expert = memoryview(bytearray(geometry.expert_bytes))
                 for layer in range(geometry.num_layers):
                     assert source.gate(layer).shape == (geometry.num_experts, geometry.hidden_size)
+                    bias = source.gate_bias(layer)
+                    assert bias is None or bias.shape == (geometry.num_experts,)
                     for number in range(geometry.num_experts):
                         source.read_into(layer, number, expert)
                         source.location(layer, number)
@@ -295,7 +320,7 @@ def test_a_checkpoint_with_a_damaged_file_is_refused_or_readable(checkpoint: Pat
 @fuzz()
 @given(
     shards=st.dictionaries(
-        st.sampled_from(sorted(tensors_of(False))) | st.text(max_size=5),
+        st.sampled_from(sorted(tensors_of("separate"))) | st.text(max_size=5),
         st.sampled_from([*SHARDS, "absent.safetensors", "../model-1.safetensors", "/dev/zero", "\ud800.safetensors",
                          "\0.safetensors", ".safetensors", "x" * 300 + ".safetensors", "folder.safetensors",
                          "fifo.safetensors"]) | json_values,
@@ -305,14 +330,14 @@ def test_a_checkpoint_with_a_damaged_file_is_refused_or_readable(checkpoint: Pat
 def test_an_index_may_name_anything(tmp_path_factory: pytest.TempPathFactory, shards: dict[str, Any]) -> None:
     folder = tmp_path_factory.getbasetemp() / "indexed"
     if not folder.exists():
-        write_checkpoint(folder, fused=False, sharded=True)
+        write_checkpoint(folder, sharded=True)
         (folder / "folder.safetensors").mkdir()
         os.mkfifo(folder / "fifo.safetensors")
     (folder / INDEX).write_bytes(to_text({"weight_map": shards}))
     assert opens_or_refuses(folder) is not None
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize(
     "promised",
     [
@@ -322,16 +347,16 @@ def test_an_index_may_name_anything(tmp_path_factory: pytest.TempPathFactory, sh
     ],
 )
 def test_what_a_config_promises_is_not_allocated_before_the_files_have_it(
-    tmp_path: Path, fused: bool, promised: dict[str, int]
+    tmp_path: Path, spelling: str, promised: dict[str, int]
 ) -> None:
-    write_checkpoint(tmp_path / "model", fused=fused, sharded=False)
-    config = CONFIGS["mixtral"] | promised
+    write_checkpoint(tmp_path / "model", spelling, sharded=False)
+    config = config_of(spelling) | promised
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert opens_or_refuses(tmp_path / "model") is not None
 
 
 def test_many_layers_with_one_tensor_each_do_not_cost_the_experts_that_they_lack(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", fused=False, sharded=False)
+    write_checkpoint(tmp_path / "model", sharded=False)
     names = [f"model.layers.{layer}.mlp.experts.0.gate_proj.weight" for layer in range(1024)]
     save_file({name: np.zeros(1, np.int8) for name in names}, tmp_path / "model" / "model.safetensors")
     config = CONFIGS["mixtral"] | {"num_hidden_layers": 1024, "num_local_experts": 4096}

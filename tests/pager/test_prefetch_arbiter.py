@@ -12,6 +12,7 @@ from shmroute.config import PagerConfig
 from shmroute.pager.eviction.victims import Eviction
 from shmroute.pager.prefetch.arbiter import LEAST_PRECISION, PROBE, Arbiter
 from shmroute.pager.prefetch.balance import MEMORY, Balance
+from shmroute.pager.prefetch.record import PRIOR
 from shmroute.pager.prefetch.spare import LOADS, SpareBandwidth
 from shmroute.shared.affinity import power_table
 from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE
@@ -122,10 +123,11 @@ def trusted(pager: Pager, predictor: Predictor, layer: int = 0, of: int = PROBE)
 
 
 def test_a_predictor_that_is_wrong_is_turned_down_but_for_probes_and_wins_back_by_them(pager: Pager) -> None:
+    pager.prefetch(11, Predictor.AFFINITY, used=True)  # so that layer 1 has an opinion of its own
     assert trusted(pager, Predictor.AFFINITY) == PROBE
     for _ in range(20):
         pager.prefetch(3, Predictor.AFFINITY, used=False)
-    assert pager.arbiter.record.precision[Predictor.AFFINITY, 0] < LEAST_PRECISION
+    assert pager.arbiter.record.precision[Predictor.AFFINITY, 0] < LEAST_PRECISION[Predictor.AFFINITY]
     assert trusted(pager, Predictor.AFFINITY) == 1
     assert trusted(pager, Predictor.AFFINITY, of=10 * PROBE) == 10
     assert trusted(pager, Predictor.AFFINITY, layer=1) == PROBE
@@ -133,6 +135,24 @@ def test_a_predictor_that_is_wrong_is_turned_down_but_for_probes_and_wins_back_b
     for _ in range(20):
         pager.prefetch(3, Predictor.AFFINITY, used=True)
     assert trusted(pager, Predictor.AFFINITY) == PROBE
+
+
+def test_a_layer_without_outcomes_takes_after_the_others(pager: Pager) -> None:
+    record = pager.arbiter.record
+    pager.prefetch(1, Predictor.TRANSITIONS, used=False)
+    known = record.precision[Predictor.TRANSITIONS, 0]
+    assert record.precision[Predictor.TRANSITIONS].tolist() == [known, known]
+    assert known < PRIOR
+    pager.prefetch(9, Predictor.TRANSITIONS, used=True)
+    assert record.precision[Predictor.TRANSITIONS, 1] > record.precision[Predictor.TRANSITIONS, 0] == known
+    assert (record.precision[Predictor.AFFINITY] == PRIOR).all(), "another predictor's outcomes say nothing of it"
+
+
+def test_affinity_must_be_right_more_often_than_the_others(pager: Pager) -> None:
+    for predictor in (Predictor.AFFINITY, Predictor.TRANSITIONS):
+        pager.arbiter.record.precision[predictor] = 0.4
+    assert pager.arbiter.trusts(Predictor.TRANSITIONS, 0, 0.0)
+    assert not pager.arbiter.trusts(Predictor.AFFINITY, 0, 0.0)
 
 
 def test_where_demands_take_all_the_time_only_the_surest_is_asked(segment: Segment) -> None:

@@ -36,10 +36,43 @@ def test_a_table_for_people(trace: Path) -> None:
 
 
 def test_prefetches_have_columns_of_their_own(trace: Path) -> None:
-    assert "AHEAD/TOKEN" not in run(trace, "--policies", "lru").stdout
-    result = run(trace, "--policies", "lru", "--prefetch", "oracle")
+    assert "ISSUED" not in run(trace, "--policies", "lru").stdout
+    result = run(trace, "--policies", "lru,belady", "--prefetch", "none,oracle, transitions + affinity")
     assert result.exit_code == 0, result.stderr
-    assert "AHEAD/TOKEN" in result.stdout
+    for word in ("ISSUED", "USED", "LATE", "CANCELLED", "ACCURACY", "PREFETCH", " oracle ", " transitions+affinity "):
+        assert word in result.stdout
+    assert result.stdout.count("belady") == 3, "once for each budget"
+
+
+def test_the_help_names_the_extra_that_plots_need() -> None:
+    assert "shmroute[plots]" in "".join(
+        CliRunner().invoke(app, ["replay", "--help"], terminal_width=200).stdout.split()
+    )
+
+
+def test_prefetching_in_json(trace: Path) -> None:
+    result = run(
+        trace,
+        "--json",
+        "--policies",
+        "lru",
+        "--slots",
+        "12",
+        "--compute",
+        "20",
+        "--prefetch",
+        "none,affinity,oracle,none",
+    )
+    (found,) = json.loads(result.stdout)["traces"]
+    assert [one["prefetch"] for one in found["results"]] == ["none", "affinity", "oracle"]
+    none, affinity, oracle = found["results"]
+    assert (none["prefetch_accuracy"], set(none["prefetches"].values())) == (None, {0})
+    for one in (affinity, oracle):
+        counts = one["prefetches"]
+        assert list(counts) == ["issued", "completed", "useful", "wasted", "overtaken", "cancelled"]
+        assert counts["issued"] >= counts["completed"] + counts["overtaken"] + counts["cancelled"] > 0
+        assert one["prefetch_accuracy"] == counts["useful"] / counts["completed"]
+    assert oracle["stall_per_token"] < none["stall_per_token"]
 
 
 def test_json_for_programs(trace: Path) -> None:
@@ -48,8 +81,8 @@ def test_json_for_programs(trace: Path) -> None:
     assert [one["tokens"] for one in found["traces"]] == [10, 10]
     assert [one["policy"] for one in found["traces"][0]["results"]] == ["lru", "belady"]
     assert found["traces"][0]["results"][0].keys() == {
-        "policy", "slots", "hit_rate", "on_time", "bytes_per_token", "stall_per_token", "prefetches_per_token",
-        "prefetch_accuracy",
+        "policy", "prefetch", "slots", "hit_rate", "on_time", "bytes_per_token", "stall_per_token", "loads",
+        "prefetches", "prefetch_accuracy",
     }  # fmt: skip
     assert found["traces"][0]["results"][0]["hit_rate"] == found["traces"][1]["results"][1]["hit_rate"]
     assert result.stderr == ""
@@ -81,7 +114,11 @@ def test_budgets_that_cannot_work_well_are_warned_about_with_the_numbers(trace: 
         (("--bandwidth", "0"), "--bandwidth must be above 0"),
         (("--expert-size", "big"), "'big' is no size"),
         (("--compute", "-1"), "--compute must be"),
-        (("--prefetch", "luck"), "--prefetch must be one of none, oracle"),
+        (("--prefetch", "luck"), "--prefetch: there is no prefetching 'luck' in 'luck'; give none, oracle, or some of"),
+        (("--prefetch", ""), "there is no prefetching ''"),
+        (("--prefetch", "none+affinity"), "there is no prefetching 'none' in 'none+affinity'"),
+        (("--prefetch", "affinity+affinity"), "names a predictor twice"),
+        (("--prefetch", "none,transitions+gate"), "--prefetch: the predictor 'gate' needs hidden states"),
         (("--prefetch", "oracle", "--one-by-one"), "leave out --one-by-one"),
         (("--compute", "nan"), "--compute must be"),
     ],
@@ -103,7 +140,7 @@ def test_a_wrong_file_is_named(trace: Path, tmp_path: Path) -> None:
 
 
 def test_plots_are_drawn_or_the_missing_package_named(trace: Path, tmp_path: Path) -> None:
-    result = run(trace, "--plots", tmp_path / "plots", "--policies", "lru,belady")
+    result = run(trace, "--plots", tmp_path / "plots", "--policies", "lru,belady", "--prefetch", "none,oracle")
     try:
         import matplotlib  # noqa: F401, PLC0415
     except ImportError:

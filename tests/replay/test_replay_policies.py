@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.replay.accesses import Accesses, accesses_of
 from shmroute.replay.belady import belady_hits
-from shmroute.replay.prefetching import nothing, oracle
 from shmroute.replay.run import ALL, replay
 from shmroute.replay.serving import on_demand, serve_accesses
 from shmroute.replay.timing import Machine, waiting
@@ -37,7 +36,7 @@ def made(tokens: int, layers: int, experts: int, k: int, seed: int, stickiness: 
 
 def hits_of(accesses: Accesses, slots: int, policy: str, observe_every: int = 1) -> npt.NDArray[np.bool_]:
     """What a policy hits, nothing being asked for ahead."""
-    return serve_accesses(accesses, slots, policy, nothing(accesses), observe_every).hits
+    return serve_accesses(accesses, slots, policy, observe_every).hits
 
 
 def textbook(keys: list[int], slots: int, policy: str) -> list[bool]:
@@ -181,72 +180,3 @@ def test_workers_share_the_channel_of_loads() -> None:
     accesses = accesses_of(Trace("t", "t", ids, 2, seq_id=np.array([0, 1])), 2)
     on_time, stall = waiting(accesses, on_demand(accesses, np.zeros(2, np.bool_)), MACHINE)
     assert (on_time, stall) == (0.0, pytest.approx((1e-3 + 2e-3) / 2))
-
-
-# ------------------------------------------------------------------ ahead of demand
-
-
-def test_the_oracle_asks_for_what_its_worker_wants_next() -> None:
-    accesses = accesses_of(made(12, 3, 8, 2, 9), 2)
-    asked = oracle(accesses)
-    for worker in range(2):
-        steps = np.flatnonzero(accesses.workers == worker)
-        wanted = [accesses.keys[accesses.starts[s] : accesses.starts[s + 1]].tolist() for s in steps]
-        assert asked[steps].tolist() == [*wanted[1:], [-1, -1]]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_with_room_and_foresight_only_the_first_layer_is_missed(policy: str) -> None:
-    accesses = accesses_of(made(60, 4, 8, 2, 5))
-    served = serve_accesses(accesses, 32, policy, oracle(accesses))
-    assert np.flatnonzero(~served.hits).tolist() == [0, 1]
-    assert served.useful == served.loads[:, 2].sum() == len(np.unique(accesses.keys)) - 2
-
-
-def test_prefetches_are_loads_and_what_is_never_wanted_is_of_no_use() -> None:
-    accesses = flat([0, 1, 2, 0])
-    proposals = np.array([[5], [6], [-1], [7]])
-    served = serve_accesses(accesses, 8, "lru", proposals)
-    assert served.loads.tolist() == [[0, 0, 0], [0, 5, 1], [1, 1, 0], [1, 6, 1], [2, 2, 0], [3, 7, 1]]
-    assert served.useful == 0
-    assert served.hits.tolist() == [False, False, False, True]
-
-
-def test_a_prefetch_takes_the_slot_that_the_policy_gives_up() -> None:
-    accesses = flat([0, 1, 0, 2, 1])
-    proposals = np.array([[-1], [-1], [2], [-1], [-1]])
-    served = serve_accesses(accesses, 2, "lru", proposals)  # 2 takes the slot of 1, then 1 is missed
-    assert served.hits.tolist() == [False, False, True, True, False]
-    assert served.useful == 1
-
-
-def timed(proposals: list[list[int]], keys: list[int], compute: float) -> tuple[float, float]:
-    """How a lone worker fares; a load takes 1 ms."""
-    accesses = flat(keys)
-    served = serve_accesses(accesses, 8, "lru", np.array(proposals))
-    return waiting(accesses, served, Machine(1000, 1e6, compute))
-
-
-def test_a_prefetch_uses_the_time_in_which_others_are_computed() -> None:
-    nothing_ahead = timed([[-1]] * 3, [0, 0, 1], 2e-3)
-    assert nothing_ahead == (pytest.approx(1 / 3), pytest.approx(2e-3 / 3))
-    assert timed([[1], [-1], [-1]], [0, 0, 1], 2e-3) == (pytest.approx(2 / 3), pytest.approx(1e-3 / 3))
-
-
-def test_demand_goes_before_what_is_only_queued_and_pulls_what_it_wants_out_of_the_queue() -> None:
-    # 7, 6 and 1 are asked for ahead at 0, and 0 is loaded until 1 ms. Demand of 1 comes at 1.1 ms, when 0 is done: it
-    # waits for 7, which is under way until 2 ms, and overtakes 6.
-    on_time, stall = timed([[7, 6, 1], [-1, -1, -1]], [0, 1], 1e-4)
-    assert (on_time, stall) == (0.0, pytest.approx((1e-3 + 1.9e-3) / 2))
-
-
-def test_foresight_loads_as_much_and_waits_less() -> None:
-    trace = made(200, 6, 16, 2, 11)
-    (without,) = replay(trace, [48], ["lru"], MACHINE)
-    (with_it,) = replay(trace, [48], ["lru"], MACHINE, prefetcher=oracle)
-    assert with_it.on_time > without.on_time
-    assert with_it.stall_per_token < without.stall_per_token
-    assert without.prefetches_per_token == 0
-    assert without.prefetch_accuracy is None
-    assert with_it.prefetch_accuracy is not None
-    assert with_it.prefetch_accuracy > 0.9

@@ -23,7 +23,8 @@ def recorded(family: str) -> dict[str, Any]:
 
 def test_all_families_are_recorded() -> None:
     assert {path.stem.removeprefix("routing_") for path in FILES} == {
-        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "glm4_moe"
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "glm4_moe",
+        "gpt_oss",
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ NUMPY_DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family's own keys, and where its experts are for `layers` layers."""
+    """A family's own keys, and where its experts are for `layers` layers; `interleaved` is gpt-oss's spelling."""
 
     config: dict[str, Any]
     layers: int
@@ -34,6 +34,15 @@ class Family:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     renormalize: bool = False
     correction_bias: bool = False
+    interleaved: bool = False
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of which an expert is served."""
+        if self.interleaved:
+            return {"gate_up": (HIDDEN, 2 * INNER), "gate_up_bias": (2 * INNER,), "down": (INNER, HIDDEN),
+                    "down_bias": (HIDDEN,)}  # fmt: skip
+        return {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
 
 
 FAMILIES: dict[str, Family] = {
@@ -121,24 +130,41 @@ FAMILIES: dict[str, Family] = {
         renormalize=True,
         correction_bias=True,
     ),
+    "gpt_oss": Family(
+        {
+            "num_local_experts": EXPERTS,
+            "intermediate_size": INNER,
+            "hidden_act": "silu",
+            "swiglu_limit": 7.0,
+        },
+        layers=2,
+        moe_layers=(0, 1),
+        renormalize=True,
+        interleaved=True,
+    ),
 }
+SPELLINGS = [
+    (name, fused) for name, family in FAMILIES.items() for fused in (False, True) if fused or not family.interleaved
+]
+"""Every family with how its experts may be stored: whether fused."""
 
 
 @dataclass
 class Checkpoint:
     """What was written.
 
-    `experts` maps (MoE layer from 0, expert) to (gate, up, down), `gates` the MoE layer to the router, `biases` to its
-    correction bias.
+    `experts` maps (MoE layer from 0, expert) to an expert's parts, `gates` the MoE layer to the router, `gate_biases`
+    to what it adds to its logits, `correction_biases` to the bias for choosing.
     """
 
     folder: Path
     family: Family
     config: dict[str, Any]
     tensors: dict[str, Array]
-    experts: dict[tuple[int, int], tuple[Array, Array, Array]] = field(default_factory=dict)
+    experts: dict[tuple[int, int], tuple[Array, ...]] = field(default_factory=dict)
     gates: dict[int, Array] = field(default_factory=dict)
-    biases: dict[int, Array] = field(default_factory=dict)
+    gate_biases: dict[int, Array] = field(default_factory=dict)
+    correction_biases: dict[int, Array] = field(default_factory=dict)
 
     def expert_bytes(self, layer: int, expert: int) -> bytes:
         return b"".join(array.tobytes() for array in self.experts[layer, expert])
@@ -198,12 +224,18 @@ def build(
 
 
 def _add_layer(made: Checkpoint, row: int, stem: str, draw: Callable[..., Array], fused: bool) -> None:
-    made.gates[row] = made.tensors[f"{stem}gate.weight"] = draw(EXPERTS, HIDDEN)
+    router = "router" if made.family.interleaved else "gate"
+    made.gates[row] = made.tensors[f"{stem}{router}.weight"] = draw(EXPERTS, HIDDEN)
     if made.family.correction_bias:
-        made.biases[row] = made.tensors[f"{stem}gate.e_score_correction_bias"] = draw(EXPERTS)
+        made.correction_biases[row] = made.tensors[f"{stem}gate.e_score_correction_bias"] = draw(EXPERTS)
     for expert in range(EXPERTS):
-        made.experts[row, expert] = (draw(INNER, HIDDEN), draw(INNER, HIDDEN), draw(HIDDEN, INNER))
+        made.experts[row, expert] = tuple(draw(*shape) for shape in made.family.parts.values())
     experts = [made.experts[row, expert] for expert in range(EXPERTS)]
+    if made.family.interleaved:
+        made.gate_biases[row] = made.tensors[f"{stem}router.bias"] = draw(EXPERTS)
+        for part, name in enumerate(("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")):
+            made.tensors[f"{stem}experts.{name}"] = np.stack([parts[part] for parts in experts])
+        return
     if fused:
         made.tensors[f"{stem}experts.gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in experts])
         made.tensors[f"{stem}experts.down_proj"] = np.stack([down for _, _, down in experts])

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_builder import build
 
 from shmroute.errors import CheckpointError, ConfigError
 from shmroute.sources import (
@@ -50,9 +52,23 @@ def test_without_a_control_file_it_is_the_inner_source(tmp_path: Path) -> None:
     assert source.geometry == INNER.geometry
     assert source.location(1, 2) == INNER.location(1, 2)
     assert (source.gate(1) == INNER.gate(1)).all()
+    assert source.gate_bias(1) is source.correction_bias(1) is None
     source.drop_page_cache(0, 0)
     source.close()
     source.close()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
+def test_the_router_s_biases_are_the_inner_source_s(tmp_path: Path, model_type: str) -> None:
+    made = build(tmp_path / "m", model_type)
+    spec = SourceSpec("shmroute.sources:HuggingFaceSource", {"path": str(made.folder)})
+    with closing(faulty_spec(spec, tmp_path / "control").open()) as source:
+        for bias, expected in (
+            (source.gate_bias(1), made.gate_biases),
+            (source.correction_bias(1), made.correction_biases),
+        ):
+            assert (bias is None) is (1 not in expected)
+            assert bias is None or (bias == expected[1]).all()
 
 
 def test_an_error_strikes_its_expert_only_and_ends_when_it_is_lifted(tmp_path: Path) -> None:

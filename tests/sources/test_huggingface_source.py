@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_builder import EXPERTS, FAMILIES, HIDDEN, INNER, NUMPY_DTYPES, TOP_K, build
+from checkpoint_builder import EXPERTS, HIDDEN, INNER, NUMPY_DTYPES, SPELLINGS, TOP_K, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -69,8 +69,7 @@ def test_the_shipped_checkpoint_s_experts_equal_the_library_s() -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "fused"), SPELLINGS)
 def test_every_family_is_served_in_every_spelling_and_dtype(
     tmp_path: Path, model_type: str, fused: bool, shards: int, dtype: str
 ) -> None:
@@ -82,49 +81,71 @@ def test_every_family_is_served_in_every_spelling_and_dtype(
         assert (geometry.num_experts, geometry.top_k) == (EXPERTS, TOP_K)
         assert geometry.scoring.renormalize is made.family.renormalize
         assert [(t.name, t.shape, t.dtype) for t in geometry.tensors] == [
-            ("gate", (INNER, HIDDEN), dtype),
-            ("up", (INNER, HIDDEN), dtype),
-            ("down", (HIDDEN, INNER), dtype),
+            (name, shape, dtype) for name, shape in made.family.parts.items()
         ]
         for layer, gate in made.gates.items():
             assert same_bytes(source.gate(layer), gate.astype(np.float32))
-            bias = source.correction_bias(layer)
-            if made.family.correction_bias:
-                assert same_bytes(bias, made.biases[layer].astype(np.float32))
-            else:
-                assert bias is None
-        for layer, expert in made.experts:
-            assert read(source, layer, expert) == made.expert_bytes(layer, expert)
+            for bias, expected in (
+                (source.gate_bias(layer), made.gate_biases.get(layer)),
+                (source.correction_bias(layer), made.correction_biases.get(layer)),
+            ):
+                if expected is None:
+                    assert bias is None
+                else:
+                    assert same_bytes(bias, expected.astype(np.float32))
+        buffer = memoryview(bytearray(geometry.expert_bytes))
+        for (layer, expert), parts in made.experts.items():
+            source.read_into(layer, expert, buffer)
+            assert bytes(buffer) == made.expert_bytes(layer, expert)
+            for layout, part in zip(geometry.tensors, parts, strict=True):
+                assert same_bytes(layout.view(buffer), part)
 
 
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+BIASES = {
+    "deepseek_v3": "model.layers.1.mlp.gate.e_score_correction_bias",
+    "gpt_oss": "model.layers.1.mlp.router.bias",
+}
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda tensors: tensors.pop(BIAS), "the tensor is missing"),
-        (lambda tensors: tensors.update({BIAS: np.zeros(EXPERTS + 1, np.float32)}), "its shape is [5]"),
+        (lambda tensors, bias: tensors.pop(bias), "the tensor is missing"),
+        (lambda tensors, bias: tensors.update({bias: np.zeros(EXPERTS + 1, np.float32)}), "its shape is [5]"),
     ],
     ids=["missing", "of another length"],
 )
-def test_a_correction_bias_must_be_there_and_fit(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], what: str
+@pytest.mark.parametrize(("model_type", "bias"), BIASES.items())
+def test_a_router_s_bias_must_be_there_and_fit(
+    tmp_path: Path, model_type: str, bias: str, change: Callable[[dict[str, Any], str], object], what: str
 ) -> None:
-    made = build(tmp_path / "m", "deepseek_v3", change=change)
+    made = build(tmp_path / "m", model_type, change=lambda tensors: change(tensors, bias))
     with pytest.raises(CheckpointError) as refused:
         HuggingFaceSource(made.folder)
-    assert BIAS in str(refused.value)
+    assert bias in str(refused.value)
     assert what in str(refused.value)
 
 
-def test_another_correction_bias_is_another_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "name", "shape"),
+    [(family, name, (EXPERTS,)) for family, name in BIASES.items()]
+    + [
+        ("gpt_oss", f"model.layers.1.mlp.experts.{name}", (EXPERTS, *shape))
+        for name, shape in (
+            ("gate_up_proj", (HIDDEN, 2 * INNER)), ("gate_up_proj_bias", (2 * INNER,)), ("down_proj", (INNER, HIDDEN)),
+            ("down_proj_bias", (HIDDEN,)),
+        )
+    ],
+)  # fmt: skip
+def test_other_biases_or_weights_of_the_first_expert_are_another_checkpoint(
+    tmp_path: Path, model_type: str, name: str, shape: tuple[int, ...]
+) -> None:
     fingerprints = set()
     for number in range(2):
         made = build(
             tmp_path / str(number),
-            "deepseek_v3",
-            change=lambda tensors, number=number: tensors.update({BIAS: np.full(EXPERTS, number, np.float32)}),
+            model_type,
+            change=lambda tensors, number=number: tensors.update({name: np.full(shape, number, np.float32)}),
         )
         with opened(made.folder) as source:
             fingerprints.add(source.geometry.fingerprint)
@@ -206,8 +227,11 @@ def test_adjacent_tensors_are_read_by_one_call_in_file_order(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("limit", [1, 7, 200])
-def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    made = build(tmp_path / "m", "qwen3_moe", shards=2)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_short_reads_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, limit: int
+) -> None:
+    made = build(tmp_path / "m", model_type, shards=2)
     preadv = os.preadv
 
     def short(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -278,10 +302,11 @@ def test_only_the_expert_s_own_buffer_is_accepted_and_only_existing_experts(tmp_
             source.gate(-1)
 
 
+@pytest.mark.parametrize(("model_type", "runs"), [("mixtral", ((0, 1), (2,))), ("gpt_oss", ((0,), (1,), (2,), (3,)))])
 def test_dropping_page_cache_covers_exactly_the_expert_s_ranges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, runs: tuple[tuple[int, ...], ...]
 ) -> None:
-    made = build(tmp_path / "m", fused=True)
+    made = build(tmp_path / "m", model_type, fused=True)
     dropped: list[tuple[int, int]] = []
     advise = os.posix_fadvise
 
@@ -294,8 +319,9 @@ def test_dropping_page_cache_covers_exactly_the_expert_s_ranges(
     with opened(made.folder) as source:
         monkeypatch.setattr(os, "posix_fadvise", recorded)
         source.drop_page_cache(1, 2)
-        gate, up, down = (array.tobytes() for array in made.experts[1, 2])
-        assert sorted(content[o : o + n] for o, n in dropped) == sorted([gate + up, down])
+        parts = [array.tobytes() for array in made.experts[1, 2]]
+        expected = sorted(b"".join(parts[part] for part in run) for run in runs)
+        assert sorted(content[o : o + n] for o, n in dropped) == expected
         assert read(source, 1, 2) == made.expert_bytes(1, 2)
 
 
@@ -479,14 +505,87 @@ def test_the_transposed_fused_layout_is_refused_as_such_even_where_shapes_coinci
         HuggingFaceSource(made.folder)
 
 
-def test_block_quantised_fused_experts_are_refused(tmp_path: Path) -> None:
+GPT_OSS = "model.layers.0.mlp."
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        (lambda tensors: tensors.pop(f"{GPT_OSS}experts.gate_up_proj_bias"), CheckpointError, "is missing"),
+        (lambda tensors: tensors.pop(f"{GPT_OSS}experts.down_proj"), CheckpointError, "is missing"),
+        (
+            setting(f"{GPT_OSS}experts.gate_up_proj", np.zeros((EXPERTS, 2 * INNER, HIDDEN), np.float32)),
+            CheckpointError,
+            r"shape is \[4, 12, 8\], but by config.json it is \[4, 8, 12\]",
+        ),
+        (
+            setting(f"{GPT_OSS}experts.down_proj_bias", np.zeros((EXPERTS, INNER), np.float32)),
+            CheckpointError,
+            "shape",
+        ),
+        (
+            setting(f"{GPT_OSS}experts.down_proj_bias", np.zeros((EXPERTS, HIDDEN), np.float16)),
+            CheckpointError,
+            "other experts",
+        ),
+        (
+            setting(f"{GPT_OSS}experts.0.down_proj.weight", np.zeros((HIDDEN, INNER), np.float32)),
+            CheckpointError,
+            "gpt_oss model have gate_up, gate_up_bias, down, down_bias each",
+        ),
+        (
+            setting(f"{GPT_OSS}gate.weight", np.zeros((EXPERTS, HIDDEN), np.float32)),
+            UnsupportedScoringError,
+            "more than a weight and a bias",
+        ),
+        (
+            setting(f"{GPT_OSS}experts.gate_up_proj_blocks", np.zeros((EXPERTS, 12, 1, 4), np.uint8)),
+            UnsupportedDtypeError,
+            "experts are quantised",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_gpt_oss_stores_it_is_refused_by_name(
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    error: type[CheckpointError],
+    reason: str,
+) -> None:
+    made = build(tmp_path / "m", "gpt_oss", change=change)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        HuggingFaceSource(made.folder)
+    assert type(caught.value) is error
+    assert caught.value.tensor is not None
+    assert caught.value.tensor.startswith(GPT_OSS)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "error", "reason"),
+    [
+        ("experts.gate_up_proj_bias", (EXPERTS, 2 * INNER), CheckpointError, "not expected"),
+        ("router.weight", (EXPERTS, HIDDEN), UnsupportedScoringError, "more than a weight;"),
+        ("gate.bias", (EXPERTS,), UnsupportedScoringError, "more than a weight;"),
+    ],
+)
+def test_what_only_gpt_oss_has_is_refused_of_others(
+    tmp_path: Path, name: str, shape: tuple[int, ...], error: type[CheckpointError], reason: str
+) -> None:
+    name = f"model.layers.0.mlp.{name}"
+    made = build(tmp_path / "m", "olmoe", fused=True, change=setting(name, np.zeros(shape, np.float32)))
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        HuggingFaceSource(made.folder)
+    assert (type(caught.value), caught.value.tensor) == (error, name)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_block_quantised_fused_experts_are_refused(tmp_path: Path, model_type: str) -> None:
     def to_blocks(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
             del tensors[name]
             tensors[f"{name}_blocks"] = np.zeros((EXPERTS, 4), np.uint8)
             tensors[f"{name}_scales"] = np.zeros((EXPERTS, 1), np.uint8)
 
-    made = build(tmp_path / "m", fused=True, change=to_blocks)
+    made = build(tmp_path / "m", model_type, fused=True, change=to_blocks)
     with pytest.raises(UnsupportedDtypeError, match="quantised"):
         HuggingFaceSource(made.folder)
 

@@ -54,9 +54,17 @@ def test_the_number_of_experts_has_three_names(tmp_path: Path, model_type: str, 
     assert "contradict" in str(refusal(tmp_path, {**config_of(model_type, num_experts=9), "n_routed_experts": 7}))
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_number_of_chosen_experts_has_two_names(tmp_path: Path, model_type: str) -> None:
+    config = config_of(model_type)
+    config.pop("num_experts_per_tok")
+    assert read(tmp_path, {**config, "experts_per_token": 1}).top_k == 1
+    assert "contradict" in str(refusal(tmp_path, config_of(model_type, experts_per_token=TOP_K + 1)))
+
+
 @pytest.mark.parametrize(
     ("model_type", "given_as", "expected"),
-    [("mixtral", False, True), ("mixtral", None, True)]
+    [(family, given_as, True) for family in ("mixtral", "gpt_oss") for given_as in (False, None)]
     + [
         (family, given_as, bool(given_as))
         for family in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
@@ -186,6 +194,7 @@ def test_another_scoring_rule_is_refused(tmp_path: Path, model_type: str, change
             ModelScoring(True, "sigmoid", 8, 4, "top2-sum", 2.5),
         ),
         ("glm4_moe", {"n_group": None, "topk_group": None}, ModelScoring(True, "sigmoid", 1, 1, "top2-sum", 1.0)),
+        ("gpt_oss", {}, ModelScoring(True)),
     ],
 )  # fmt: skip
 def test_a_family_s_scoring_is_read(
@@ -194,6 +203,7 @@ def test_a_family_s_scoring_is_read(
     config = read(tmp_path, config_of(model_type, **changes))
     assert config.scoring == scoring
     assert config.has_correction_bias is (model_type in SIGMOID)
+    assert config.has_gate_bias is config.interleaved is (model_type == "gpt_oss")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +231,9 @@ def test_groups_and_factors_that_cannot_be_are_named(
     assert what in str(error)
 
 
-def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
-    config = config_of("mixtral", quantization_config={"quant_method": "fp8"})
+@pytest.mark.parametrize(("model_type", "method"), [("mixtral", "fp8"), ("gpt_oss", "mxfp4")])
+def test_a_quantised_model_is_refused(tmp_path: Path, model_type: str, method: str) -> None:
+    config = config_of(model_type, quantization_config={"quant_method": method})
     assert type(refusal(tmp_path, config)) is UnsupportedDtypeError
 
 

@@ -6,6 +6,7 @@ Nothing here is skipped where torch is missing: these tests then fail.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,12 @@ def runtime_of() -> Iterator[Callable[..., shmroute.Runtime]]:
     yield create
     for runtime in made:
         runtime.close()
+
+
+@pytest.fixture(scope="session")
+def servable(shipped_float32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model as float32, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("servable")
+    shutil.copytree(shipped_float32, folder, dirs_exist_ok=True)
+    shutil.copy(SHIPPED / "tokenizer.json", folder)
+    return folder

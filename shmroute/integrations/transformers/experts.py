@@ -7,7 +7,9 @@ experts became resident.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from shmroute.config import RuntimeConfig
 from shmroute.errors import ConfigError
 from shmroute.runtime import Runtime
 from shmroute.shared.pool import ExpertWeights
@@ -47,6 +50,77 @@ class Projections:
     gate_up: torch.Tensor
     down: torch.Tensor
 
+    def compute(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the expert makes of hidden states, [n, H]; `module` knows its activation."""
+        return functional.linear(module._apply_gate(functional.linear(hidden, self.gate_up)), self.down)
+
+
+@dataclass(frozen=True)
+class TransposedProjections:
+    """The same of a family that stores them transposed, interleaved and with biases.
+
+    Attributes
+    ----------
+    gate_up : Tensor
+        [H, 2I], columns of gate and up projection in turn, as the module's activation expects them.
+    gate_up_bias : Tensor
+        [2I], likewise.
+    down : Tensor
+        [I, H].
+    down_bias : Tensor
+        [H].
+    """
+
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+
+    def compute(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """As `Projections.compute`."""
+        # Product and bias in two steps, each rounded, as the family's own code has it.
+        inner = module._apply_gate(torch.mm(hidden, self.gate_up).add_(self.gate_up_bias))
+        return torch.mm(inner, self.down).add_(self.down_bias)
+
+
+class ExpertViews:
+    """Makes torch's views of a runtime's experts; one for all layers, since a slot holds experts of any.
+
+    Parameters
+    ----------
+    config : RuntimeConfig
+    """
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self._layouts = {tensor.name: tensor for tensor in config.tensors}
+        self.dtype = DTYPES[config.tensors[0].dtype]
+        self._make: Callable[[ExpertWeights], Projections | TransposedProjections]
+        self._make = self._transposed if "gate_up" in self._layouts else self._separate
+
+    def of(self, weights: ExpertWeights) -> Projections | TransposedProjections:
+        """The views of an expert, made once for its slot."""
+        return weights.derived(self._make)
+
+    def _separate(self, weights: ExpertWeights) -> Projections:
+        gate, up, down = (self._layouts[name] for name in ("gate", "up", "down"))
+        assert up.offset == gate.offset + gate.nbytes, "sources put an expert's gate and up projection back to back"
+        inner, hidden = gate.shape
+        return Projections(
+            self._view(weights, gate.offset, (2 * inner, hidden)), self._view(weights, down.offset, down.shape)
+        )
+
+    def _transposed(self, weights: ExpertWeights) -> TransposedProjections:
+        names = ("gate_up", "gate_up_bias", "down", "down_bias")
+        layouts = [self._layouts[name] for name in names]
+        return TransposedProjections(*(self._view(weights, layout.offset, layout.shape) for layout in layouts))
+
+    def _view(self, weights: ExpertWeights, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # Torch has no read-only tensors. Nothing here writes to one.
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            flat = torch.frombuffer(weights.raw, dtype=self.dtype, count=math.prod(shape), offset=offset)
+        return flat.view(shape)
+
 
 class SharedExperts:
     """One layer's experts in the runtime; what an experts module refers to instead of holding weights.
@@ -56,23 +130,24 @@ class SharedExperts:
     runtime : Runtime
     layer : int
         Of the runtime.
+    views : ExpertViews
+        Of the runtime.
     timeout : float
         Seconds to wait for an expert.
     """
 
-    def __init__(self, runtime: Runtime, layer: int, timeout: float) -> None:
-        self._runtime, self._layer, self._timeout = runtime, layer, timeout
-        self._layouts = {tensor.name: tensor for tensor in runtime.config.tensors}
-        self._dtype = DTYPES[self._layouts["gate"].dtype]
+    def __init__(self, runtime: Runtime, layer: int, views: ExpertViews, timeout: float) -> None:
+        self._runtime, self._layer, self._views, self._timeout = runtime, layer, views, timeout
 
     def compute(
         self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each token's experts, [T, H]; the arguments are those of Transformers' interface."""
-        if hidden_states.dtype != self._dtype or hidden_states.device.type != "cpu":
+        dtype = self._views.dtype
+        if hidden_states.dtype != dtype or hidden_states.device.type != "cpu":
             raise ConfigError(
                 f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
-                f"{self._dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
+                f"{dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
             )
         tokens, top_k = top_k_index.shape
         hidden = hidden_states.detach()
@@ -80,23 +155,10 @@ class SharedExperts:
         chosen = self._runtime.experts(self._layer, top_k_index.numpy(), self._timeout)
         with torch.no_grad(), closing(chosen):  # type: ignore[type-var] # the iterator is a generator
             for _, rows, ranks, weights in chosen:
-                expert = weights.derived(self._projections)
                 mine = hidden if tokens == 1 else hidden[torch.from_numpy(rows)]
-                inner = module._apply_gate(functional.linear(mine, expert.gate_up))
-                outputs[torch.from_numpy(rows * top_k + ranks)] = functional.linear(inner, expert.down)
+                outputs[torch.from_numpy(rows * top_k + ranks)] = self._views.of(weights).compute(module, mine)
             weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
             return weighted.sum(dim=1).to(hidden.dtype)
-
-    def _projections(self, weights: ExpertWeights) -> Projections:
-        gate, up, down = (self._layouts[name] for name in ("gate", "up", "down"))
-        assert up.offset == gate.offset + gate.nbytes, "sources put an expert's gate and up projection back to back"
-        (inner, hidden) = gate.shape
-        with warnings.catch_warnings():
-            # Torch has no read-only tensors. Nothing here writes to one.
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            both = torch.frombuffer(weights.raw, dtype=self._dtype, count=2 * inner * hidden, offset=gate.offset)
-            last = torch.frombuffer(weights.raw, dtype=self._dtype, count=hidden * inner, offset=down.offset)
-        return Projections(both.view(2 * inner, hidden), last.view(hidden, inner))
 
 
 def shared_experts_forward(

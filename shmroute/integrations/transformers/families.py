@@ -1,7 +1,7 @@
 """What differs between the model families: the names of two classes, and the dtypes that the router computes in.
 
-All else that a family has of its own (scoring, groups, correction bias, activation, shared experts) is either in the
-runtime's settings, which come from the same ``config.json``, or stays in the model's own code.
+All else that a family has of its own (scoring, groups, biases, activation, shared experts) is either in the runtime's
+settings, which come from the same ``config.json``, or stays in the model's own code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class Family:
     Attributes
     ----------
     router : str
-        The class of the router module, which holds the gate's ``weight`` [E, H] and has its own ``forward``.
+        The class of the router module, which holds the gate's ``weight`` [E, H], perhaps its ``bias`` [E], and has its
+        own ``forward``.
     experts : str
         The class of the experts module, which goes through Transformers' `ExpertsInterface`.
     float32_logits : bool
@@ -39,5 +40,6 @@ SUPPORTED_FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("DeepseekV2TopkRouter", "DeepseekV2Experts", float32_logits=True, float32_weights=True),
     "deepseek_v3": Family("DeepseekV3TopkRouter", "DeepseekV3Experts", float32_logits=True, float32_weights=True),
     "glm4_moe": Family("Glm4MoeTopkRouter", "Glm4MoeExperts", float32_logits=True, float32_weights=True),
+    "gpt_oss": Family("GptOssTopKRouter", "GptOssExperts"),
 }
 """By ``model_type`` of ``config.json``."""

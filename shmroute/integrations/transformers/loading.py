@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shmroute.config import describe
 from shmroute.errors import CheckpointError, ConfigError
-from shmroute.integrations.transformers.experts import DTYPES, IMPLEMENTATION, SharedExperts
+from shmroute.integrations.transformers.experts import DTYPES, IMPLEMENTATION, ExpertViews, SharedExperts
 from shmroute.integrations.transformers.families import SUPPORTED_FAMILIES, Family
 from shmroute.integrations.transformers.routing import SharedRouting
 from shmroute.runtime import DEFAULT_TIMEOUT, Runtime
@@ -150,16 +150,18 @@ def _modules(model: nn.Module, class_name: str) -> Iterator[tuple[int, nn.Module
 def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float) -> None:
     """Have every MoE layer use the runtime's layer."""
     experts, routers = dict(_modules(model, family.experts)), dict(_modules(model, family.router))
-    for layer, number in enumerate(runtime.config.layer_numbers):
+    views = ExpertViews(runtime.config)
+    following: SharedRouting | None = None
+    for layer, number in reversed(list(enumerate(runtime.config.layer_numbers))):
         if number not in experts or number not in routers:
             raise CheckpointError(
                 f"{type(model).__name__} of transformers {transformers.__version__}",
                 f"layer {number} has no {family.router} with {family.experts}, which this version of shmroute ties to "
                 f"its own; install another version of transformers (5.23 is known to do)",
             )
-        experts.pop(number).shared_experts_of_runtime = SharedExperts(runtime, layer, timeout)
+        experts.pop(number).shared_experts_of_runtime = SharedExperts(runtime, layer, views, timeout)
         router = routers.pop(number)
-        router.forward = SharedRouting(runtime, layer, router, family)
+        router.forward = following = SharedRouting(runtime, layer, router, family, following)
     if experts or routers:
         raise CheckpointError(
             f"{type(model).__name__} of transformers {transformers.__version__}",

@@ -26,13 +26,19 @@ class SharedRouting:
     module : torch.nn.Module
         The model's router. Its parameters stay its own.
     family : Family
+    following : SharedRouting or None
+        Of the next MoE layer, whose gate tells early what that layer will probably choose.
     """
 
-    def __init__(self, runtime: Runtime, layer: int, module: nn.Module, family: Family) -> None:
+    def __init__(
+        self, runtime: Runtime, layer: int, module: nn.Module, family: Family, following: SharedRouting | None
+    ) -> None:
         config = runtime.config
         self._runtime, self._layer, self._module, self._family = runtime, layer, module, family
         self._top_k = config.top_k
-        self._speculates = "gate" in config.pager.predictors and config.pager.prefetch > 0
+        self._following = following if runtime.speculates else None
+        # More choices than experts would name nearly all of them.
+        self._few = config.num_experts // config.top_k
         self._router = runtime.router(layer)
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,18 +50,19 @@ class SharedRouting:
             As `MemoryAwareRouter.route_into`.
         """
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).detach()
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         tokens = len(hidden)
         ids, weights = np.empty((tokens, self._top_k), np.int32), np.empty((tokens, self._top_k), np.float32)
         self._router.route_into(logits.float().numpy(), ids, weights)
-        if self._speculates:
-            self._runtime.speculate(self._layer, hidden.float().numpy())
+        if self._following is not None and tokens <= self._few:
+            self._runtime.expect(self._layer + 1, self._following.logits(hidden).float().numpy())
         chosen = torch.from_numpy(weights)
         if not self._family.float32_weights:
             chosen = chosen.to(logits.dtype)
         return logits, chosen, torch.from_numpy(ids).long()
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The gate's product with hidden states [T, H], [T, E]."""
         weight, bias = self._module.weight.detach(), getattr(self._module, "bias", None)
         if self._family.float32_logits:
             hidden, weight = hidden.float(), weight.float()

@@ -4,9 +4,9 @@ A prefetch must be worth three things that it takes: time of the I/O threads, wh
 expert somebody may want back; and trust, which its predictor has earned or not.
 
 - *Time.* Demands go first, and one thread of several is kept for them. A predictor is asked only if its precision is
-  above `LEAST_PRECISION` and above the share of time that demands take: where they take all, a load ahead of them can
-  at best be one that they would want anyway. The pager has no ideas of its own while prefetches and demands together
-  take all the time.
+  above its `LEAST_PRECISION`, and above the share of time that demands take: where they take all, a load ahead of them
+  can at best be one that they would want anyway. The pager has no ideas of its own while prefetches and demands
+  together take all the time.
 - *The slot.* By what the pager has seen of both, the expert that goes must be expected later than the one that comes:
   that one at its layer's next token if its predictor is right (as often as it was *punctual*), else when its own
   shares say (`candidates.layers_until_use`).
@@ -36,8 +36,11 @@ from shmroute.shared.experts import read_word
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
 from shmroute.shared.tables import Tables
 
-LEAST_PRECISION: Final = 0.3
-"""Of a predictor that is asked."""
+LEAST_PRECISION: Final = {
+    Predictor.TRANSITIONS: 0.3, Predictor.PREVIOUS_TOKEN: 0.3, Predictor.GATE: 0.3, Predictor.AFFINITY: 0.5,
+}  # fmt: skip
+"""Of a predictor that is asked. Affinity says of no token when it will use the expert: any use before it goes makes it
+right, and of experts that are used at random every second one is."""
 PROBE: Final = 128
 """Of what a predictor that is turned down would propose, one in so many is loaded."""
 GONE_ANYWAY: Final = 0.5
@@ -131,7 +134,9 @@ class Arbiter:
             return False
         if predictor == Predictor.HINT:
             return True
-        precise = self.record.precision[predictor, layer] >= max(LEAST_PRECISION, self.spare.demanded(now))
+        precise = self.record.precision[predictor, layer] >= max(
+            LEAST_PRECISION[Predictor(predictor)], self.spare.demanded(now)
+        )
         if precise and self.balance.is_worth_it(predictor):
             return True
         self._refused[predictor, layer] += 1

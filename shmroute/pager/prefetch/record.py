@@ -9,8 +9,9 @@ Each prefetch has one predictor. What it is worth shows later:
 | overtaken | a demand came before its load began: right, and too late | yes |
 | cancelled | it grew stale, or there was no room, before its load began | says nothing |
 
-*Precision* is the moving average of right and wrong, for each predictor and layer; *punctuality* that of whether the
-very next token of each worker in that layer used the expert, which is what a prediction for a token says.
+*Precision* is the moving average of right and wrong, for each predictor and layer; a layer without any outcome yet
+takes after the others. *Punctuality* is that of whether the very next token of each worker in that layer used the
+expert, which is what a prediction for a token says.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class TrackRecord:
         self.pending: dict[int, Prefetched] = {}
         self.precision = np.full((len(Predictor), num_layers), PRIOR)
         self.punctuality = np.full((len(Predictor), num_layers), PRIOR)
+        self._judged = np.zeros((len(Predictor), num_layers), np.bool_)
 
     def __contains__(self, key: int) -> bool:
         return key in self.pending
@@ -124,10 +126,17 @@ class TrackRecord:
         prefetched = self.pending.pop(key)
         self._count(prefetched.predictor, outcome)
         if outcome != PrefetchOutcome.CANCELLED:
-            right = outcome != PrefetchOutcome.WASTED
-            self._learn(self.precision, key, prefetched, right)
+            self._judge(key, prefetched.predictor, outcome != PrefetchOutcome.WASTED)
             if not prefetched.timed and outcome == PrefetchOutcome.OVERTAKEN:
                 self._learn(self.punctuality, key, prefetched, True)
+
+    def _judge(self, key: int, predictor: int, right: bool) -> None:
+        """Count one prefetch for its predictor's precision, in its layer and in those of which nothing is known."""
+        layer = key // self._num_experts
+        self._judged[predictor, layer] = True
+        of_layers = ~self._judged[predictor]
+        of_layers[layer] = True
+        self.precision[predictor, of_layers] += (right - self.precision[predictor, of_layers]) * RATE
 
     def _learn(self, averages: npt.NDArray[np.float64], key: int, prefetched: Prefetched, right: bool) -> None:
         at = prefetched.predictor, key // self._num_experts

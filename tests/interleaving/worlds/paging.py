@@ -74,6 +74,9 @@ class SteppedSource:
     def gate(self, layer: int) -> npt.NDArray[np.float32]:
         raise NotImplementedError("nobody routes by this source")
 
+    def gate_bias(self, layer: int) -> npt.NDArray[np.float32]:
+        raise NotImplementedError("nobody routes by this source")
+
     def correction_bias(self, layer: int) -> npt.NDArray[np.float32]:
         raise NotImplementedError("nobody routes by this source")
 

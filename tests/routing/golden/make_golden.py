@@ -67,6 +67,10 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
          "routed_scaling_factor": 1.0},
         {"renormalize": True, "scoring": "sigmoid", "group_score": "top2-sum"},
     ),
+    "gpt_oss": (
+        "gpt_oss", "GptOssTopKRouter", "GptOssConfig",
+        {"num_local_experts": 128, "num_experts_per_tok": 4}, {"renormalize": True},
+    ),
 }  # fmt: skip
 
 
