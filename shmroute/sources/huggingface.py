@@ -1,9 +1,8 @@
 """Experts out of a Hugging Face model folder, read from the safetensors files as they are.
 
-Use it for a local folder with ``config.json`` and weights of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2,
-DeepSeek-V3, GLM-4-MoE or gpt-oss in float32, float16 or bfloat16. It downloads, converts and dequantises nothing: an
-expert's bytes go from the file into the given buffer, its `expert_parts` back to back, and whatever cannot be served
-like that is an error that names the file and the tensor.
+Use it for a local folder with ``config.json`` and weights of a family of `SUPPORTED_MODEL_TYPES` in float32, float16
+or bfloat16. It downloads, converts and dequantises nothing: an expert's bytes go from the file into the given buffer,
+its `expert_parts` back to back, and whatever cannot be served like that is an error that names the file and the tensor.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ def _always_renormalized(keys: _Keys) -> ModelScoring:
     return _softmax(keys, True)
 
 
-def _renormalized_by_key(keys: _Keys) -> ModelScoring:
-    return _softmax(keys, keys.boolean("norm_topk_prob", default=False))
+def _renormalized_by_key(default: bool) -> Callable[[_Keys], ModelScoring]:
+    return lambda keys: _softmax(keys, keys.boolean("norm_topk_prob", default))
 
 
 def _groups(keys: _Keys, default: tuple[int, int]) -> tuple[int, int]:
@@ -186,14 +186,14 @@ def _deepseek_v2(keys: _Keys) -> ModelScoring:
     return ModelScoring(renormalize, "softmax", groups, chosen, "max", factor)
 
 
-def _deepseek_v3(groups: tuple[int, int], factor: float) -> Callable[[_Keys], ModelScoring]:
+def _deepseek_v3(groups: tuple[int, int], factor: float, renormalize: bool = True) -> Callable[[_Keys], ModelScoring]:
     """Sigmoids plus a correction bias, of the groups whose two best sum up to most; what absent keys stand for."""
 
     def scoring_of(keys: _Keys) -> ModelScoring:
         keys.one_of("scoring_func", ("sigmoid",))
         keys.one_of("topk_method", ("noaux_tc",))
         return ModelScoring(
-            keys.boolean("norm_topk_prob", default=True), "sigmoid", *_groups(keys, groups), "top2-sum",
+            keys.boolean("norm_topk_prob", renormalize), "sigmoid", *_groups(keys, groups), "top2-sum",
             keys.number("routed_scaling_factor", factor),
         )  # fmt: skip
 
@@ -217,12 +217,17 @@ class _Family:
 
 _FAMILIES: dict[str, _Family] = {
     "mixtral": _Family(_always_renormalized, "intermediate_size", _every_layer),
-    "qwen2_moe": _Family(_renormalized_by_key, "moe_intermediate_size", _qwen_layers),
-    "qwen3_moe": _Family(_renormalized_by_key, "moe_intermediate_size", _qwen_layers),
-    "olmoe": _Family(_renormalized_by_key, "intermediate_size", _every_layer),
+    "minimax": _Family(_always_renormalized, "intermediate_size", _every_layer),
+    "qwen2_moe": _Family(_renormalized_by_key(False), "moe_intermediate_size", _qwen_layers),
+    "qwen3_moe": _Family(_renormalized_by_key(False), "moe_intermediate_size", _qwen_layers),
+    "qwen3_next": _Family(_renormalized_by_key(True), "moe_intermediate_size", _qwen_layers),
+    "olmoe": _Family(_renormalized_by_key(False), "intermediate_size", _every_layer),
+    "flex_olmo": _Family(_renormalized_by_key(False), "intermediate_size", _every_layer),
     "deepseek_v2": _Family(_deepseek_v2, "moe_intermediate_size", _after_dense_layers(0)),
     "deepseek_v3": _Family(_deepseek_v3((8, 4), 2.5), "moe_intermediate_size", _after_dense_layers(3)),
     "glm4_moe": _Family(_deepseek_v3((1, 1), 1.0), "moe_intermediate_size", _after_dense_layers(1)),
+    "dots1": _Family(_deepseek_v3((1, 1), 1.0, False), "moe_intermediate_size", _after_dense_layers(0)),
+    "solar_open": _Family(_deepseek_v3((1, 1), 1.0), "moe_intermediate_size", _every_layer),
     # Softmax over the chosen logits alone: the same as renormalised softmax over all of them.
     "gpt_oss": _Family(_always_renormalized, "intermediate_size", _every_layer, gate_bias=True, interleaved=True),
 }

@@ -130,6 +130,50 @@ FAMILIES: dict[str, Family] = {
         renormalize=True,
         correction_bias=True,
     ),
+    "minimax": Family(
+        {"num_local_experts": EXPERTS, "intermediate_size": INNER},
+        layers=2,
+        moe_layers=(0, 1),
+        renormalize=True,
+    ),
+    "qwen3_next": Family(
+        {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "intermediate_size": 40, "mlp_only_layers": [0]},
+        layers=3,
+        moe_layers=(1, 2),
+        renormalize=True,
+    ),
+    "flex_olmo": Family(
+        {"num_experts": EXPERTS, "intermediate_size": INNER, "norm_topk_prob": None},
+        layers=2,
+        moe_layers=(0, 1),
+    ),
+    "dots1": Family(
+        {
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+        },
+        layers=3,
+        moe_layers=(1, 2),
+        correction_bias=True,
+    ),
+    "solar_open": Family(
+        {
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "intermediate_size": 40,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        layers=2,
+        moe_layers=(0, 1),
+        renormalize=True,
+        correction_bias=True,
+    ),
     "gpt_oss": Family(
         {
             "num_local_experts": EXPERTS,

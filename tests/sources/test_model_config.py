@@ -64,13 +64,18 @@ def test_the_number_of_chosen_experts_has_two_names(tmp_path: Path, model_type: 
 
 @pytest.mark.parametrize(
     ("model_type", "given_as", "expected"),
-    [(family, given_as, True) for family in ("mixtral", "gpt_oss") for given_as in (False, None)]
+    [(family, given_as, True) for family in ("mixtral", "minimax", "gpt_oss") for given_as in (False, None)]
     + [
         (family, given_as, bool(given_as))
-        for family in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
+        for family in ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v2", "dots1")
         for given_as in (True, False, None)
     ]
-    + [(family, given_as, given_as is not False) for family in SIGMOID for given_as in (True, False, None)],
+    + [
+        (family, given_as, given_as is not False)
+        for family in ("qwen3_next", *SIGMOID)
+        if family != "dots1"
+        for given_as in (True, False, None)
+    ],
 )
 def test_renormalisation_follows_the_family_s_default(
     tmp_path: Path, model_type: str, given_as: bool | None, expected: bool
@@ -194,6 +199,12 @@ def test_another_scoring_rule_is_refused(tmp_path: Path, model_type: str, change
             ModelScoring(True, "sigmoid", 8, 4, "top2-sum", 2.5),
         ),
         ("glm4_moe", {"n_group": None, "topk_group": None}, ModelScoring(True, "sigmoid", 1, 1, "top2-sum", 1.0)),
+        ("minimax", {}, ModelScoring(True)),
+        ("qwen3_next", {}, ModelScoring(True)),
+        ("qwen3_next", {"norm_topk_prob": False}, ModelScoring(False)),
+        ("flex_olmo", {}, ModelScoring(False)),
+        ("dots1", {}, ModelScoring(False, "sigmoid", 1, 1, "top2-sum", 2.5)),
+        ("solar_open", {}, ModelScoring(True, "sigmoid", 1, 1, "top2-sum", 1.0)),
         ("gpt_oss", {}, ModelScoring(True)),
     ],
 )  # fmt: skip

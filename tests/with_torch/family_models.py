@@ -47,6 +47,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "head_dim": 8,
          "routed_scaling_factor": 1.5},
     ),
+    "minimax": (
+        "MiniMaxConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8, "block_size": 8,
+         "layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "head_dim": 8,
+         "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "flex_olmo": ("FlexOlmoConfig", {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "dots1": (
+        "Dots1Config",
+        {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1,
+         "first_k_dense_replace": 1, "norm_topk_prob": True, "head_dim": 8, "routed_scaling_factor": 2.5,
+         "layer_types": ["full_attention"] * 3},
+    ),
+    "solar_open": (
+        "SolarOpenConfig",
+        {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1,
+         "head_dim": 8, "routed_scaling_factor": 1.5},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 6},

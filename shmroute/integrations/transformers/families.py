@@ -34,12 +34,17 @@ class Family:
 
 SUPPORTED_FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralTopKRouter", "MixtralExperts", float32_weights=True),
+    "minimax": Family("MiniMaxTopKRouter", "MiniMaxExperts", float32_weights=True),
     "qwen2_moe": Family("Qwen2MoeTopKRouter", "Qwen2MoeExperts"),
     "qwen3_moe": Family("Qwen3MoeTopKRouter", "Qwen3MoeExperts"),
+    "qwen3_next": Family("Qwen3NextTopKRouter", "Qwen3NextExperts"),
     "olmoe": Family("OlmoeTopKRouter", "OlmoeExperts"),
+    "flex_olmo": Family("FlexOlmoTopKRouter", "FlexOlmoExperts"),
     "deepseek_v2": Family("DeepseekV2TopkRouter", "DeepseekV2Experts", float32_logits=True, float32_weights=True),
     "deepseek_v3": Family("DeepseekV3TopkRouter", "DeepseekV3Experts", float32_logits=True, float32_weights=True),
     "glm4_moe": Family("Glm4MoeTopkRouter", "Glm4MoeExperts", float32_logits=True, float32_weights=True),
+    "dots1": Family("Dots1TopkRouter", "Dots1Experts", float32_logits=True, float32_weights=True),
+    "solar_open": Family("SolarOpenTopkRouter", "SolarOpenExperts", float32_logits=True, float32_weights=True),
     "gpt_oss": Family("GptOssTopKRouter", "GptOssExperts"),
 }
 """By ``model_type`` of ``config.json``."""
