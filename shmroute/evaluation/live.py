@@ -7,12 +7,9 @@ two runs of one setting differ a little. They are started once and attach to eac
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ import shmroute
 from shmroute.errors import EvaluationError
 from shmroute.evaluation.loop import Run, Setting
 from shmroute.evaluation.worker import Task
+from shmroute.evaluation.worker_process import WorkerProcess
 from shmroute.metrics import RuntimeMetrics
 from shmroute.process_memory import ProcessMemory, memory_of
 from shmroute.shared.metrics import LaneCounter
@@ -53,52 +51,16 @@ class LiveRun(Run):
     segment: int
 
 
-class _Worker:
-    """One worker process, which decodes one stream of every pool."""
+def _started(task: Task, stream: int) -> WorkerProcess:
+    """The process that decodes one stream of every pool."""
+    worker = WorkerProcess("shmroute.evaluation.live_worker", max(1, (os.cpu_count() or 1) // task.streams))
+    worker.send(json.dumps({**dataclasses.asdict(task), "stream": stream}))
+    return worker
 
-    def __init__(self, task: Task, stream: int) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // task.streams))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "shmroute.evaluation.live_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the parent alone, which then ends this one
-        )
-        self.pid = self._process.pid
-        self.send({**dataclasses.asdict(task), "stream": stream})
 
-    def send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said last is read next
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-
-    def hear(self, key: str, watch: Callable[[float], None] | None = None) -> Any:
-        """The value of the next message that has `key`; reports of progress before it go to `watch`."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            message = json.loads(line)
-            if "error" in message:
-                raise EvaluationError(message["error"])
-            if key in message:
-                return message[key]
-            if watch is not None:
-                watch(message["done"])
-        raise EvaluationError(
-            f"a worker ended with code {self._process.wait()} before it was done; its message, if it had one, is on "
-            f"standard error"
-        )
-
-    def end(self) -> None:
-        """Kill it, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # of what it never read
-                pipe.close()
+def _told(workers: Sequence[WorkerProcess], **message: Any) -> None:
+    for worker in workers:
+        worker.send(json.dumps(message))
 
 
 def run_all_live(task: Task, settings: Sequence[Setting], watch: Callable[[float], Any]) -> list[LiveRun]:
@@ -117,7 +79,7 @@ def run_all_live(task: Task, settings: Sequence[Setting], watch: Callable[[float
     EvaluationError
         If a worker fails.
     """
-    workers = [_Worker(task, stream) for stream in range(task.streams)]
+    workers = [_started(task, stream) for stream in range(task.streams)]
     try:
         found: list[LiveRun] = []
         for setting in settings:
@@ -129,17 +91,15 @@ def run_all_live(task: Task, settings: Sequence[Setting], watch: Callable[[float
             worker.end()
 
 
-def _run(setting: Setting, workers: Sequence[_Worker], watch: Callable[[float], Any]) -> LiveRun:
+def _run(setting: Setting, workers: Sequence[WorkerProcess], watch: Callable[[float], Any]) -> LiveRun:
     with shmroute.create(f"shmroute-eval-{os.getpid()}", setting.config, pager=True) as runtime:
-        for worker in workers:
-            worker.send({"runtime": runtime.name})
+        _told(workers, runtime=runtime.name)
         for worker in workers:
             worker.hear("ready")
         began = time.monotonic()
-        for worker in workers:
-            worker.send({"go": True})
+        _told(workers, go=True)
         # The last stream's progress stands for all: they are of equal length, and take turns on the cores.
-        losses = [worker.hear("losses", watch if worker is workers[-1] else None) for worker in workers]
+        losses = [worker.hear("losses", watch if worker is workers[-1] else None)["losses"] for worker in workers]
         seconds = time.monotonic() - began
         metrics = runtime.metrics()
         run = LiveRun(
@@ -151,8 +111,7 @@ def _run(setting: Setting, workers: Sequence[_Worker], watch: Callable[[float], 
             pager=memory_of(_pager_of(metrics)),
             segment=metrics.pool_bytes + metrics.control_bytes,
         )
-        for worker in workers:
-            worker.send({"leave": True})
+        _told(workers, leave=True)
         for worker in workers:
             worker.hear("left")
     return run
