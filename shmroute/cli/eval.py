@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RULES = ("absolute=0.15,0.5", "probability=0.03,0.06,0.1")
 
-RULE_OPTIONS = ("top_j", "max_rank")
+RULE_OPTIONS = ("top_j", "max_rank", "spared_layers")
 """Settings of `RouterConfig` that a ``--rule`` may have."""
 
 NONE = "none"

@@ -111,7 +111,7 @@ def unbiased(setting: Setting) -> Setting:
     """The same without a bonus."""
     config = setting.config
     router = dataclasses.replace(
-        config.router, cache_bonus=0.0, memory_aware=False, rule="absolute", top_j=0, max_rank=0
+        config.router, cache_bonus=0.0, memory_aware=False, rule="absolute", top_j=0, max_rank=0, spared_layers=0
     )
     return Setting(dataclasses.replace(config, router=router), (1.0,) * config.num_layers)
 

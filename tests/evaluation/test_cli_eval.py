@@ -56,6 +56,17 @@ def test_json_for_programs() -> None:
     assert found["results"][0]["perplexity"] == found["results"][2]["perplexity"]
 
 
+def test_the_first_layers_may_be_spared() -> None:
+    """The setting does what a factor of 0 does, beside the same unbiased run."""
+    spared = json.loads(evaluate(*SHORT, "--json", "--rule", "probability:spared_layers=1=0.3").stdout)["results"]
+    factors = json.loads(
+        evaluate(*SHORT, "--json", "--rule", "probability=0.3", "--layer-factors", "0,1,1,1,1,1").stdout
+    )["results"]
+    assert [one["rule"] for one in spared] == ["none", "probability:spared_layers=1"]
+    assert [one["perplexity"] for one in spared] == [one["perplexity"] for one in factors]
+    assert [one["hit_rate"] for one in spared] == [one["hit_rate"] for one in factors]
+
+
 def test_every_rule_can_be_evaluated() -> None:
     rules = ("cache-prior:top_j=1=0.3", "max-rank:max_rank=4=1", "cumulative-threshold=0.9", "probability=0.1")
     result = evaluate(*SHORT, "--json", *(word for rule in rules for word in ("--rule", rule)))

@@ -34,6 +34,7 @@ def load(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    speculate: bool = False,
 ) -> transformers.PreTrainedModel:
     """Load a causal language model whose experts are the runtime's.
 
@@ -49,6 +50,9 @@ def load(
         As in Transformers.
     timeout : float
         Seconds that a forward pass may wait for an expert.
+    speculate : bool
+        Ask ahead for what the next layer's gate says of each layer's hidden states (`Runtime.expect`). That takes time
+        of the worker and of the pager: it pays where loads are slow and cores idle, and costs where cores are busy.
 
     Returns
     -------
@@ -88,7 +92,7 @@ def load(
     if report["missing_keys"]:
         raise CheckpointError(folder, "tensors of the model are missing", ", ".join(sorted(report["missing_keys"])[:5]))
     model.__class__ = original
-    _tie(model, runtime, family, timeout)
+    _tie(model, runtime, family, timeout, speculate)
     result: transformers.PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
@@ -147,7 +151,7 @@ def _modules(model: nn.Module, class_name: str) -> Iterator[tuple[int, nn.Module
             yield int(number[1]), module
 
 
-def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float) -> None:
+def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float, speculate: bool) -> None:
     """Have every MoE layer use the runtime's layer."""
     experts, routers = dict(_modules(model, family.experts)), dict(_modules(model, family.router))
     views = ExpertViews(runtime.config)
@@ -161,7 +165,9 @@ def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float) -> 
             )
         experts.pop(number).shared_experts_of_runtime = SharedExperts(runtime, layer, views, timeout)
         router = routers.pop(number)
-        router.forward = following = SharedRouting(runtime, layer, router, family, following)
+        routing = SharedRouting(runtime, layer, router, family, following)
+        router.forward = routing
+        following = routing if speculate else None
     if experts or routers:
         raise CheckpointError(
             f"{type(model).__name__} of transformers {transformers.__version__}",
