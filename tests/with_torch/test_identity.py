@@ -138,7 +138,7 @@ def test_the_bonus_reaches_the_models_choice(bonus: float, runtime_of: Callable[
 
 
 def test_the_next_layers_gate_asks_ahead(runtime_of: Callable[..., Any]) -> None:
-    """If asked to, decoding speculates, by the model's own gates; a long prompt, which chooses every expert, does not."""
+    """If asked to, decoding speculates by the model's own gates; a long prompt, which chooses all experts, does not."""
     runtime: shmroute.Runtime = runtime_of(SHIPPED, budget="50%", predictors=("gate",))
     load(SHIPPED, runtime).generate(tokens(1, 4), max_new_tokens=24, do_sample=False)
     assert runtime.metrics().pager.predictors["gate"]["issued"] == 0
