@@ -28,7 +28,7 @@ test: $(VENV)/.installed  ## set up and run the checkers and all tests
 $(VENV)-transformers/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-transformers
 	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,serve]' 'openai>=2'
+	$(VENV)-transformers/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,serve]' 'openai>=2' httpx
 	@touch $@
 
 test-transformers: $(VENV)-transformers/.installed  ## set up torch and run the tests of Transformers' models and of serving
