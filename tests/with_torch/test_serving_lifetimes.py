@@ -137,7 +137,7 @@ def test_a_pager_killed_in_a_stream_is_replaced_and_the_cache_is_warm(serve):
 
 def test_workers_and_pager_end_when_the_server_is_killed(serve):
     server = serve("--workers", "2")
-    server.says("ready")
+    server.says("ready at")
     uuid = identifier(server)
     pids = server.children("shmroute.serving.worker") + server.children("shmroute.pager")
     assert len(pids) == 3
@@ -196,7 +196,7 @@ def test_requests_that_take_too_long_are_cut_off(serve):
 
 def test_an_idle_server_and_one_that_loads_stop_with_0(serve):
     idle = serve("--workers", "1")
-    idle.says("ready")
+    idle.says("ready at")
     assert idle.stop() == 0
     loading = serve("--workers", "1")
     loading.says("0 of 1 workers")
