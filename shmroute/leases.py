@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -301,7 +301,7 @@ class ExpertLease:
 
 def hand_out(
     leases: Leases, layer: int, ids: npt.NDArray[np.int64], groups: Groups, timeout: float
-) -> Iterator[ExpertRows]:
+) -> Generator[ExpertRows, None, None]:
     """Lease each expert of a choice (`group_by_expert`) once, as it becomes resident; one lease at a time.
 
     All that are missing are requested before the first is handed out, so they load while resident ones are used.
@@ -310,7 +310,7 @@ def hand_out(
     return _hand_out(leases, layer, groups, timeout)
 
 
-def _hand_out(leases: Leases, layer: int, groups: Groups, timeout: float) -> Iterator[ExpertRows]:
+def _hand_out(leases: Leases, layer: int, groups: Groups, timeout: float) -> Generator[ExpertRows, None, None]:
     pending = list(groups)
     while pending:
         expert, slot = leases.lease_any(layer, pending) or leases.wait(layer, pending, timeout)

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -171,7 +171,7 @@ class Runtime:
 
     def experts(
         self, layer: int, experts: npt.NDArray[np.integer] | Sequence[int], timeout: float = DEFAULT_TIMEOUT
-    ) -> Iterator[ExpertRows]:
+    ) -> Generator[ExpertRows, None, None]:
         """Each expert that some tokens chose, once, as it becomes resident; one lease at a time.
 
         All that are missing are requested at once; resident ones come first, so they are computed while the others

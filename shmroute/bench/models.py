@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -49,6 +48,7 @@ from shmroute.bench.models_tasks import COPIED, MAPPED, SHARED, CrewReport, Crew
 from shmroute.bench.partners import PartnerError
 from shmroute.bench.report import HIGHER, LOWER, Table, summary_figure
 from shmroute.bench.stage import Bench
+from shmroute.extras import missing_packages
 
 MIB = 1 << 20
 
@@ -153,8 +153,7 @@ class Entrant:
 
 def measure(bench: Bench) -> Iterator[Table]:
     """Two tables for each number of workers: speed, and memory."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages("transformers"):
         bench.absent["models"] = f"needs {' and '.join(missing)}: pip install 'shmroute[transformers]'"
         return
     with unpinned():

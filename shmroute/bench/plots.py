@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shmroute.errors import ConfigError
+from shmroute.extras import check_installed
 
 
 def check_plottable(folder: Path) -> None:
@@ -18,10 +19,7 @@ def check_plottable(folder: Path) -> None:
     ConfigError
         If not.
     """
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise ConfigError(f"--plots needs matplotlib ({error}): pip install 'shmroute[plots]'") from error
+    check_installed("plots", "--plots")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -17,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from shmroute.budget import too_few_for_a_cycle
+from shmroute.cli.eval_report import RULE_OPTIONS, as_dict, costs_rendered, rendered, rule_of
 from shmroute.cli.output import complain, console, human_share, note
 from shmroute.config import RULES, PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import CheckpointError, ConfigError
+from shmroute.extras import check_installed
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.shared.words import MAX_LANES
-from shmroute.sources.bounded_json import read_json_object, shown
-from shmroute.sources.model_config import MAX_CONFIG_BYTES
+from shmroute.sources.model_config import read_sizes
 from shmroute.validation import require, require_float, require_int
 
 if TYPE_CHECKING:
@@ -35,12 +33,6 @@ if TYPE_CHECKING:
     from shmroute.evaluation.loop import Setting
 
 DEFAULT_RULES = ("absolute=0.15,0.5", "probability=0.03,0.06,0.1")
-
-RULE_OPTIONS = ("top_j", "max_rank", "spared_layers")
-"""Settings of `RouterConfig` that a ``--rule`` may have."""
-
-NONE = "none"
-"""The rule without a bonus."""
 
 PLAIN_INTERVAL = 0.1
 """How much of the whole is done between two progress lines where there is no terminal."""
@@ -141,8 +133,8 @@ def eval_(
     if live:
         require(jobs is None, "--jobs is of the simulation: with --live, one setting runs at a time")
         require(not layer_factors, "--layer-factors is of the simulation; it cannot be given with --live")
-        _check_transformers()
-        vocabulary, positions = _sizes(checkpoint / "config.json")
+        check_installed("transformers", "--live")
+        vocabulary, positions = _sizes(checkpoint)
     else:
         model = DecoderConfig.read(checkpoint / "config.json")
         vocabulary, positions = model.vocab_size, model.max_positions
@@ -256,22 +248,13 @@ def _factors(text: str, layers: int) -> tuple[float, ...]:
     return factors
 
 
-def _check_transformers() -> None:
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"--live needs {package}: pip install 'shmroute[transformers]'")
-
-
-def _sizes(path: Path) -> tuple[int, int]:
-    """The vocabulary and the positions of any model, by its config.json."""
-    values = read_json_object(str(path), MAX_CONFIG_BYTES)
-    found = []
-    for key in ("vocab_size", "max_position_embeddings"):
-        value = values.get(key)
-        if type(value) is not int or value < 1:
-            raise CheckpointError(str(path), f"the key {key!r} is {shown(value)}; an integer of 1 or more is expected")
-        found.append(value)
-    return found[0], found[1]
+def _sizes(checkpoint: Path) -> tuple[int, int]:
+    """The vocabulary and the positions of any model."""
+    path = str(checkpoint / "config.json")
+    vocabulary, positions = read_sizes(path)
+    if vocabulary is None or positions is None:
+        raise CheckpointError(path, "the keys 'vocab_size' and 'max_position_embeddings' are needed")
+    return vocabulary, positions
 
 
 # ------------------------------------------------------------------ while it runs
@@ -311,104 +294,13 @@ def _progress() -> Iterator[Callable[[float, int], None]]:
     yield write
 
 
-# ------------------------------------------------------------------ showing
-
-
-def rule_of(setting: Setting) -> str:
-    """A rule's name with all that is not as by default, but for its strength."""
-    if not setting.config.router.memory_aware:
-        return NONE
-    factors = "" if set(setting.layer_factors) == {1.0} else f" ×{','.join(f'{f:g}' for f in setting.layer_factors)}"
-    router = setting.config.router
-    options = "".join(f":{name}={getattr(router, name)}" for name in RULE_OPTIONS if getattr(router, name))
-    return router.rule + options + factors
-
-
-def as_dict(outcomes: list[Outcome], task: Any, tokens: int) -> dict[str, Any]:
-    """The JSON object."""
-    return {
-        **dataclasses.asdict(task),
-        "tokens": tokens,
-        "results": [
-            {
-                "budget": config.slots / (config.num_layers * config.num_experts),
-                "slots": config.slots,
-                "eviction": config.pager.eviction,
-                "rule": rule_of(one.setting),
-                "strength": config.router.cache_bonus if config.router.memory_aware else 0.0,
-                **{name: value for name, value in vars(one).items() if name not in ("setting", "live")},
-                **({} if one.live is None else dataclasses.asdict(one.live)),
-            }
-            for one in outcomes
-            for config in (one.setting.config,)
-        ],
-    }
-
-
-def rendered(outcomes: list[Outcome]) -> list[Table]:
-    """The same for people: a table for each budget and policy, 80 columns wide if no rule has factors."""
-    tables: dict[tuple[int, str], Table] = {}
-    for one in outcomes:
-        config = one.setting.config
-        group = config.slots, config.pager.eviction
-        if group not in tables:
-            share = human_share(config.slots / (config.num_layers * config.num_experts))
-            tables[group] = _empty_table(f"{config.slots} slots ({share}), {config.pager.eviction}")
-        biased = config.router.memory_aware
-        change = f"{one.perplexity_change:+.2%} ({one.low:+.2%} … {one.high:+.2%})"
-        tables[group].add_row(
-            rule_of(one.setting),
-            f"{config.router.cache_bonus:g}" if biased else "",
-            f"{one.hit_rate:.3f}",
-            human_share(one.misses_left) if biased else "",
-            human_share(one.changed) if biased else "",
-            f"{one.loads_per_token:.2f}",
-            change if biased else f"{one.perplexity:.3f}",
-        )
-    return list(tables.values())
-
-
-def costs_rendered(outcomes: list[Outcome]) -> Table:
-    """What real processes took, a row for each setting; 80 columns wide."""
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", title_justify="left",
-        title="time and memory (MB: RSS, and PSS that adds up)",
-    )  # fmt: skip
-    table.add_column("SLOTS", justify="right", no_wrap=True)
-    table.add_column("RULE", overflow="fold")
-    for label in ("TOKENS/S", "STALL ms", "READ MB", "WORKERS", "PAGER", "TOGETHER"):
-        table.add_column(label, justify="right", no_wrap=True)
-    for one in outcomes:
-        costs, router = one.live, one.setting.config.router
-        assert costs is not None, "real processes ran it"
-        table.add_row(
-            str(one.setting.config.slots),
-            f"{rule_of(one.setting)} {router.cache_bonus:g}" if router.memory_aware else NONE,
-            f"{costs.tokens_per_second:,.0f}",
-            f"{1000 * costs.stall_per_token:.2f}",
-            f"{costs.bytes_per_token / 1e6:.2f}",
-            f"{costs.workers_rss / 1e6:,.0f}",
-            f"{costs.pager_rss / 1e6:,.0f}",
-            f"{(costs.workers_pss + costs.pager_pss) / 1e6:,.0f}",
-        )
-    return table
-
-
-def _empty_table(title: str) -> Table:
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", title=title, title_justify="left"
-    )  # fmt: skip
-    table.add_column("RULE", overflow="fold")
-    for label in ("STRENGTH", "HITS", "MISSES", "CHANGED", "LOADS", "PERPLEXITY"):
-        table.add_column(label, justify="right", no_wrap=True)
-    return table
+# ------------------------------------------------------------------ drawing
 
 
 def _check_plottable(path: Path) -> None:
-    try:
-        import matplotlib  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'shmroute[plots]'") from error
+    check_installed("plots", "--plot")
+    import matplotlib  # noqa: PLC0415
+
     matplotlib.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
 

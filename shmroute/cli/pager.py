@@ -23,15 +23,15 @@ from shmroute.cli.runtime_options import (
     QualityBudget,
     Trace,
     TraceLogits,
+    chosen_config,
 )
-from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
+from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig
 from shmroute.errors import PagerStartError, SegmentClosingError, SegmentExistsError, SegmentNotFoundError
 from shmroute.lifecycle import create_or_reclaim, reclaim, report_compilation
 from shmroute.pager.process import run_pager
 from shmroute.shared.kernel import load_kernels
 from shmroute.shared.removal import claim_destruction, unlink_segment, wait_until_gone
 from shmroute.shared.segment import Segment, attach_segment, checked_name
-from shmroute.validation import require
 
 ATTEMPTS = 10
 REMOVAL_TIMEOUT = 10.0
@@ -72,11 +72,10 @@ def pager(
     Example: shmroute pager ./mixtral --name demo --budget 50%
     """
     checked_name(name)
-    require(trace is not None or not trace_logits, "--trace-logits needs --trace: the folder to record to")
-    config = RuntimeConfig.from_checkpoint(
+    config = chosen_config(
         checkpoint,
         budget,
-        router=RouterConfig(
+        RouterConfig(
             cache_bonus=bonus,
             rule=rule,
             top_j=top_j,
@@ -85,9 +84,12 @@ def pager(
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),
-        pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
+        io_threads=io_threads,
+        keep_page_cache=keep_page_cache,
+        eviction=eviction,
+        trace=trace,
+        trace_logits=trace_logits,
         max_workers=max_workers,
-        trace=None if trace is None else TraceConfig(str(trace), logits=trace_logits),
     )
     if problem := too_few_for_a_cycle(config.slots, config.num_layers, config.top_k):
         complain(f"WARNING: {problem}")

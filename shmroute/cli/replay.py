@@ -16,6 +16,7 @@ from rich.table import Table
 from shmroute.budget import parse_bytes, too_few_for_a_cycle, too_few_for_workers
 from shmroute.cli.output import complain, console, human_bytes, human_duration, human_share
 from shmroute.errors import ConfigError
+from shmroute.extras import check_installed
 from shmroute.lifecycle import report_compilation
 from shmroute.pager.eviction.names import DEFAULT_POLICY, POLICIES
 from shmroute.replay.prefetching import CHOICES, NONE, predictors_of
@@ -130,7 +131,7 @@ def replay(
     size = None if expert_size is None else _positive("--expert-size", expert_size)
     speed = float(_positive("--bandwidth", bandwidth))
     if plots is not None:
-        _require_matplotlib()
+        check_installed("plots", "--plots")
     opened = [
         trace if tokens is None else trace.tokens(0, tokens) for trace in (open_trace(p, experts) for p in traces)
     ]
@@ -315,10 +316,3 @@ def _positive(option: str, text: str) -> int:
     size = parse_bytes(text)
     require(size > 0, f"{option} must be above 0, not {text!r}")
     return size
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ConfigError("--plots needs matplotlib: pip install 'shmroute[plots]'") from error

@@ -24,10 +24,11 @@ from shmroute.cli.runtime_options import (
     QualityBudget,
     Trace,
     TraceLogits,
+    chosen_config,
 )
-from shmroute.config import PagerConfig, RouterConfig, RuntimeConfig, TraceConfig
+from shmroute.config import PagerConfig, RouterConfig
 from shmroute.errors import ConfigError, SmallBudgetWarning
-from shmroute.serving.extras import check_installed
+from shmroute.extras import check_installed
 from shmroute.shared.segment import checked_name
 from shmroute.shared.words import MAX_LANES
 from shmroute.validation import require, require_int
@@ -89,7 +90,7 @@ def serve(
 
     Example: shmroute serve ./mixtral --workers 4 --budget 25%
     """
-    check_installed()
+    check_installed("serve", "'shmroute serve'")
     from shmroute.serving.server import ServingSettings, context_length, run_server  # noqa: PLC0415 # needs the extra
 
     name = f"serve-{os.getpid()}" if name is None else name
@@ -105,13 +106,12 @@ def serve(
         max_model_len is None or max_model_len >= 2,
         f"--max-model-len must be 2 or more, a token of prompt and one of answer, not {max_model_len}",
     )
-    require(trace is not None or not trace_logits, "--trace-logits needs --trace: the folder to record to")
     if chat_template is not None:
         _check_template(chat_template)
-    config = RuntimeConfig.from_checkpoint(
+    config = chosen_config(
         checkpoint,
         budget,
-        router=RouterConfig(
+        RouterConfig(
             cache_bonus=bonus,
             rule=rule,
             top_j=top_j,
@@ -120,8 +120,11 @@ def serve(
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),
-        pager=PagerConfig(io_threads=io_threads, drop_page_cache=not keep_page_cache, eviction=eviction),
-        trace=None if trace is None else TraceConfig(str(trace), logits=trace_logits),
+        io_threads=io_threads,
+        keep_page_cache=keep_page_cache,
+        eviction=eviction,
+        trace=trace,
+        trace_logits=trace_logits,
     )
     settings = ServingSettings(
         checkpoint=checkpoint,

@@ -58,7 +58,7 @@ def _started(task: Task, stream: int) -> WorkerProcess:
     return worker
 
 
-def _told(workers: Sequence[WorkerProcess], **message: Any) -> None:
+def _tell(workers: Sequence[WorkerProcess], **message: Any) -> None:
     for worker in workers:
         worker.send(json.dumps(message))
 
@@ -93,11 +93,11 @@ def run_all_live(task: Task, settings: Sequence[Setting], watch: Callable[[float
 
 def _run(setting: Setting, workers: Sequence[WorkerProcess], watch: Callable[[float], Any]) -> LiveRun:
     with shmroute.create(f"shmroute-eval-{os.getpid()}", setting.config, pager=True) as runtime:
-        _told(workers, runtime=runtime.name)
+        _tell(workers, runtime=runtime.name)
         for worker in workers:
             worker.hear("ready")
         began = time.monotonic()
-        _told(workers, go=True)
+        _tell(workers, go=True)
         # The last stream's progress stands for all: they are of equal length, and take turns on the cores.
         losses = [worker.hear("losses", watch if worker is workers[-1] else None)["losses"] for worker in workers]
         seconds = time.monotonic() - began
@@ -111,7 +111,7 @@ def _run(setting: Setting, workers: Sequence[WorkerProcess], watch: Callable[[fl
             pager=memory_of(_pager_of(metrics)),
             segment=metrics.pool_bytes + metrics.control_bytes,
         )
-        _told(workers, leave=True)
+        _tell(workers, leave=True)
         for worker in workers:
             worker.hear("left")
     return run

@@ -23,6 +23,7 @@ from shmroute.errors import ShmrouteError
 from shmroute.evaluation.text import deal, read_texts
 from shmroute.evaluation.worker import Reports, Task, say
 from shmroute.integrations.transformers import load
+from shmroute.sources.model_config import read_sizes
 
 TIMEOUT = 60.0
 """Seconds to wait for an expert; a slow disk is no reason to end an evaluation."""
@@ -65,7 +66,8 @@ def main() -> None:
     try:
         given = json.loads(sys.stdin.readline())
         stream, task = given.pop("stream"), Task(**given)
-        vocabulary = json.loads((Path(task.checkpoint) / "config.json").read_text())["vocab_size"]
+        vocabulary, _ = read_sizes(str(Path(task.checkpoint) / "config.json"))
+        assert vocabulary is not None, "the command has looked"
         texts = read_texts(Path(task.text), Path(task.checkpoint), vocabulary)
         windows = deal(texts, Path(task.text), task.window, task.streams, task.pools)[:, stream]
         while (name := _expect("runtime")) is not None:

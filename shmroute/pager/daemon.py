@@ -64,7 +64,8 @@ LONGEST_RETRY = 30.0
 """Upper bound of the back-off after failed loads, in seconds."""
 
 SHARE_AT_HAND = 4
-"""At most one in so many slots is emptied for a load before a thread comes to it."""
+"""Of so many slots at most one is under way or emptied ahead for a load that no thread has come to; but each thread has
+one load under way and one ahead in any case."""
 
 
 class Pager:

@@ -1,6 +1,12 @@
 """What follows a load: comparing its checksum, describing its slot, making it visible, counting it; in one kernel.
 
 The pager's main thread does this for each load while I/O threads wait for the GIL, or for a core.
+
+Words: an expert's checksum (0, or that of its first load; written here alone, once), its slot's header (written here
+alone, while the expert is LOADING), its own word and bit, the pager's counters. The linearization point is the CAS of
+`make_resident`; whoever sees RESIDENT sees the header. Death windows: before that CAS the expert stays LOADING, the
+next pager makes it REQUESTED again, and a checksum that was kept is that of bytes which were read whole; after it, a
+stale bit, as `shmroute.shared.experts` has it, or a load that is not counted.
 """
 
 from __future__ import annotations

@@ -16,13 +16,12 @@ import uvicorn
 
 import shmroute
 from shmroute.config import RuntimeConfig
-from shmroute.errors import CheckpointError, ConfigError, ServingError
+from shmroute.errors import ConfigError, ServingError
 from shmroute.serving.app import Service, make_app
 from shmroute.serving.crew import Crew
 from shmroute.serving.metrics import ServerMetrics
 from shmroute.serving.pager_keeper import PagerKeeper
-from shmroute.sources.bounded_json import read_json_object
-from shmroute.sources.model_config import MAX_CONFIG_BYTES
+from shmroute.sources.model_config import read_sizes
 
 LAST_WORDS = 2
 """Seconds that responses which are complete, or were cut off, have to reach their clients."""
@@ -76,16 +75,12 @@ def context_length(checkpoint: Path, wanted: int | None) -> int:
     Raises
     ------
     CheckpointError
-        If there is no config.json that can be read.
+        If there is no config.json that can be read, or it says no sensible number.
     ConfigError
         If `wanted` is more than the model was made for, or needed.
     """
     path = str(checkpoint / "config.json")
-    config = read_json_object(path, MAX_CONFIG_BYTES)
-    text = config.get("text_config")
-    known = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    if known is not None and (type(known) is not int or known < 1):
-        raise CheckpointError(path, f"max_position_embeddings is {known!r}; a positive integer is expected")
+    _, known = read_sizes(path)
     if known is None and wanted is None:
         raise ConfigError(f"{path} has no max_position_embeddings: give --max-model-len")
     if known is not None and wanted is not None and wanted > known:

@@ -11,12 +11,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import types
 
 from shmroute.config import RuntimeConfig
 from shmroute.errors import SegmentLayoutError
 from shmroute.shared.atomic import store
-from shmroute.shared.kernel import inner, kernel
+from shmroute.shared.kernel import inner
 from shmroute.shared.layout import SLOT_HEADER_BYTES, SLOT_LENGTH, SLOT_OWNER, SLOT_PRECISION
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import pack_wait
@@ -39,12 +38,6 @@ def describe_slot(headers: int, slot: int, layer: int, expert: int, precision: i
     store(header + SLOT_OWNER, pack_wait(layer, expert))
     store(header + SLOT_PRECISION, precision)
     store(header + SLOT_LENGTH, length)
-
-
-@kernel(types.void(*[types.int64] * 6))
-def write_slot_header(headers: int, slot: int, layer: int, expert: int, precision: int, length: int) -> None:
-    """`describe_slot`, from Python."""
-    describe_slot(headers, slot, layer, expert, precision, length)
 
 
 class ExpertWeights(Mapping[str, npt.NDArray[Any]]):
@@ -104,11 +97,6 @@ class Pool:
     def writable(self, slot: int) -> memoryview:
         """A slot's bytes, for the pager to fill."""
         return self._bytes(slot)
-
-    def describe(self, slot: int, layer: int, expert: int) -> None:
-        """Write a slot's header, before the expert is published."""
-        config, headers = self._segment.config, self._segment.address + self._segment.layout.slot_headers
-        write_slot_header(headers, slot, layer, expert, precision_of(config), config.expert_bytes)
 
     def forget(self) -> None:
         """Drop the views kept here, so that the segment can be unmapped."""

@@ -19,6 +19,7 @@ from shmroute.sources.bounded_json import read_json_object, shown
 
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_EXTENT = 2**24
+MAX_CONTEXT = 2**31 - 1
 MAX_SCALING = 1e6
 
 
@@ -232,6 +233,25 @@ _FAMILIES: dict[str, _Family] = {
     "gpt_oss": _Family(_always_renormalized, "intermediate_size", _every_layer, gate_bias=True, interleaved=True),
 }
 SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
+
+
+def read_sizes(path: str) -> tuple[int | None, int | None]:
+    """Of any causal language model's ``config.json``: tokens in its vocabulary, and positions that it was made for.
+
+    Either is None if the file does not say.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing or not JSON, or what it says is no positive integer.
+    """
+    values = read_json_object(path, MAX_CONFIG_BYTES)
+    text = values.get("text_config")
+    keys = _Keys(path, text if isinstance(text, dict) else values)
+    return tuple(  # type: ignore[return-value] # there are two
+        None if keys.get(key) is None else keys.integer(key, low=1, high=MAX_CONTEXT)
+        for key in ("vocab_size", "max_position_embeddings")
+    )
 
 
 def read_model_config(path: str) -> ModelConfig:

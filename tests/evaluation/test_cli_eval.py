@@ -201,4 +201,4 @@ def test_ctrl_c_and_sigterm_end_it_and_its_workers(number: signal.Signals, code:
 def test_live_without_torch_says_what_to_install() -> None:
     result = evaluate(*SHORT[:4], "--live")
     assert result.exit_code == 2
-    assert "--live needs torch: pip install 'shmroute[transformers]'" in result.stderr
+    assert "--live needs torch, transformers: pip install 'shmroute[transformers]'" in result.stderr

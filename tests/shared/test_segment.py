@@ -501,13 +501,6 @@ def test_slots_do_not_overlap_and_start_on_pages(segment: Segment) -> None:
     pool.forget()
 
 
-def test_a_slots_header_says_whose_bytes_they_are(segment: Segment) -> None:
-    Pool(segment).describe(3, 0, 5)
-    header = segment.layout.slot_headers + 3 * at.SLOT_HEADER_BYTES
-    assert segment.read(header + at.SLOT_OWNER) == 5 + 1
-    assert segment.read(header + at.SLOT_LENGTH) == segment.config.expert_bytes
-
-
 def test_a_mapping_is_neither_pickled_nor_unlinked(segment: Segment) -> None:
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(segment.mapping)

@@ -96,6 +96,7 @@ def test_another_dtype_than_the_experts(checkpoint: Callable[..., Path], runtime
     model = load(folder, runtime, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"torch\.float32 on cpu, but this model's experts are torch\.bfloat16"):
         model.float()(IDS)
+    assert runtime.metrics().total.counters["calls"] == 0  # nothing was routed, and so nothing loaded
 
 
 def test_gpt_oss_as_it_is_published_is_refused_until_it_is_dequantised(

@@ -143,17 +143,11 @@ class SharedExperts:
         self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each token's experts, [T, H]; the arguments are those of Transformers' interface."""
-        dtype = self._views.dtype
-        if hidden_states.dtype != dtype or hidden_states.device.type != "cpu":
-            raise ConfigError(
-                f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
-                f"{dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
-            )
         tokens, top_k = top_k_index.shape
         hidden = hidden_states.detach()
         outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
         chosen = self._runtime.experts(self._layer, top_k_index.numpy(), self._timeout)
-        with torch.no_grad(), closing(chosen):  # type: ignore[type-var] # the iterator is a generator
+        with torch.no_grad(), closing(chosen):
             for _, rows, ranks, weights in chosen:
                 mine = hidden if tokens == 1 else hidden[torch.from_numpy(rows)]
                 outputs[torch.from_numpy(rows * top_k + ranks)] = self._views.of(weights).compute(module, mine)
@@ -169,7 +163,7 @@ def shared_experts_forward(
     Raises
     ------
     ConfigError
-        If the model was not made by `load`, or was moved or converted since.
+        If the model was not made by `load`.
     ExpertLoadError, ExpertTimeout, PagerUnavailable, RuntimeClosedError, SegmentClosingError
         As `Runtime.experts`.
     """

@@ -165,7 +165,7 @@ def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float, spe
             )
         experts.pop(number).shared_experts_of_runtime = SharedExperts(runtime, layer, views, timeout)
         router = routers.pop(number)
-        routing = SharedRouting(runtime, layer, router, family, following)
+        routing = SharedRouting(runtime, layer, router, family, views.dtype, following)
         router.forward = routing
         following = routing if speculate else None
     if experts or routers:

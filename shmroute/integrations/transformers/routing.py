@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from shmroute.errors import ConfigError
 from shmroute.integrations.transformers.families import Family
 from shmroute.runtime import Runtime
 
@@ -26,16 +27,24 @@ class SharedRouting:
     module : torch.nn.Module
         The model's router. Its parameters stay its own.
     family : Family
+    dtype : torch.dtype
+        Of the experts.
     following : SharedRouting or None
         Of the next MoE layer, whose gate tells early what that layer will probably choose.
     """
 
     def __init__(
-        self, runtime: Runtime, layer: int, module: nn.Module, family: Family, following: SharedRouting | None
+        self,
+        runtime: Runtime,
+        layer: int,
+        module: nn.Module,
+        family: Family,
+        dtype: torch.dtype,
+        following: SharedRouting | None,
     ) -> None:
         config = runtime.config
         self._runtime, self._layer, self._module, self._family = runtime, layer, module, family
-        self._top_k = config.top_k
+        self._top_k, self._dtype = config.top_k, dtype
         self._following = following if runtime.speculates else None
         # More choices than experts would name nearly all of them.
         self._few = config.num_experts // config.top_k
@@ -46,9 +55,16 @@ class SharedRouting:
 
         Raises
         ------
+        ConfigError
+            If the model was moved or converted since it was loaded; nothing was routed.
         NonFiniteLogitsError, RuntimeClosedError
             As `MemoryAwareRouter.route_into`.
         """
+        if hidden_states.dtype != self._dtype or hidden_states.device.type != "cpu":
+            raise ConfigError(
+                f"the hidden states are {hidden_states.dtype} on {hidden_states.device}, but this model's experts are "
+                f"{self._dtype} in host memory and used as they are: leave the model's dtype and device as loaded"
+            )
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).detach()
         logits = self.logits(hidden)
         tokens = len(hidden)

@@ -1,4 +1,4 @@
-"""`shmroute serve` where the packages of its extra are missing."""
+"""Where the packages of an extra are missing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 from typer.testing import CliRunner
 
+from shmroute import extras
 from shmroute.cli import app
-from shmroute.serving import extras
 
 
 def test_says_which_packages_are_missing_and_how_to_get_them(monkeypatch):
