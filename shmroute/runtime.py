@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -31,7 +31,7 @@ from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequ
 from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
-from shmroute.speculation import checked_rows, expected_experts, request_expected
+from shmroute.speculation import Speculation, checked_rows
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds to wait for an expert."""
@@ -64,6 +64,7 @@ class Runtime:
         self._pid = os.getpid()
         self._mutex = threading.RLock()
         self._leases: Leases | None = None
+        self._speculation: Speculation | None = None
         self._gates: dict[int, npt.NDArray[np.float32]] = {}
         self._gate_biases: dict[int, npt.NDArray[np.float32] | None] = {}
         self._closed = False
@@ -284,7 +285,9 @@ class Runtime:
         -------
         list of PagingRequest
             What this queued, those of most gate weight first: not what is resident, requested or loading. Nothing if
-            the settings leave no place for it: ``gate`` is not among `PagerConfig`'s predictors, or its prefetch is 0.
+            the settings leave no place for it: ``gate`` is not among `PagerConfig`'s predictors, or its prefetch is 0;
+            and but for one time in 128 nothing while the pager has found such predictions not to be worth what they
+            cost, as it does where no core is idle.
 
         Raises
         ------
@@ -298,10 +301,17 @@ class Runtime:
         rows = checked_rows("hidden", hidden, self.config.hidden_size)
         if layer + 1 == self.config.num_layers or not self.speculates:
             return []
-        logits, bias = rows @ self.gate(layer + 1).T, self.gate_bias(layer + 1)
-        return self.expect(layer + 1, logits if bias is None else logits + bias)
+        gate, bias = self.gate(layer + 1), self.gate_bias(layer + 1)
 
-    def expect(self, layer: int, logits: npt.NDArray[np.float32]) -> list[PagingRequest]:
+        def logits() -> npt.NDArray[np.float32]:
+            product: npt.NDArray[np.float32] = rows @ gate.T
+            return product if bias is None else product + bias
+
+        return self._ask_ahead(layer + 1, logits)
+
+    def expect(
+        self, layer: int, logits: npt.NDArray[np.float32] | Callable[[], npt.NDArray[np.float32]]
+    ) -> list[PagingRequest]:
         """Ask ahead for what a layer will probably choose, by an estimate of the logits that it will get.
 
         Where `speculate` reads the gate for it, this is for callers who have the gate, or another estimate, themselves.
@@ -309,8 +319,8 @@ class Runtime:
         Parameters
         ----------
         layer : int
-        logits : ndarray
-            float32 [E] or [T, E], finite.
+        logits : ndarray or callable
+            float32 [E] or [T, E], finite; or what computes them, which is called only if they are wanted.
 
         Returns
         -------
@@ -324,10 +334,20 @@ class Runtime:
         """
         layer = self._checked_layer(layer)
         self._check_open()
-        rows = checked_rows("logits", logits, self.config.num_experts)
+        experts = self.config.num_experts
+        if callable(logits):
+            compute = logits
+            return self._ask_ahead(layer, lambda: checked_rows("logits", compute(), experts))
+        rows = checked_rows("logits", logits, experts)
+        return self._ask_ahead(layer, lambda: rows)
+
+    def _ask_ahead(self, layer: int, logits: Callable[[], npt.NDArray[np.float32]]) -> list[PagingRequest]:
         if not self.speculates:
             return []
-        return request_expected(self._attachment, layer, expected_experts(rows, self.config.top_k))
+        speculation = self._speculation
+        if speculation is None:
+            speculation = self._speculation = self._attachment.one(Speculation)
+        return speculation.ask(layer, logits)
 
     @property
     def speculates(self) -> bool:
@@ -379,7 +399,7 @@ class Runtime:
             if self.owner:
                 self._destroy()
         finally:
-            self._leases = None
+            self._leases = self._speculation = None
             leave(self._attachment)
 
     def _destroy(self) -> None:

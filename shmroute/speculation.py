@@ -1,11 +1,16 @@
 """Speculation with a gate: what the next layer's gate would choose for this layer's hidden states.
 
 A layer adds to the hidden state more than it replaces, so the next gate, applied a layer too early, often chooses what
-it will choose in the end. The worker pays one small matrix product for it; the pager's arbiter decides what becomes of
-the requests, by how often such ones were right in that layer.
+it will choose in the end. The worker pays one small matrix product for it, and tells the pager how much CPU time that
+took; the pager's arbiter decides what becomes of the requests, by how often such ones were right in that layer. Where
+it has turned them down altogether, workers do not even compute what they would ask for
+(`shmroute.shared.turned_down`).
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +18,57 @@ import numpy.typing as npt
 from shmroute.attachment import Attachment
 from shmroute.shared.atomic import WORD
 from shmroute.shared.experts import QUEUE
+from shmroute.shared.layout import HEADER_TURNED_DOWN
+from shmroute.shared.metrics import LaneCounter, Predictor, add
 from shmroute.shared.requests import PagingDirection, PagingPriority, PagingRequest, submit_speculation
+from shmroute.shared.turned_down import withholds
+
+GATE = int(Predictor.GATE)
+
+
+class Speculation:
+    """This process's speculations on one segment. Claims a lane."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._lane = attachment.lane()
+        self._top_k = attachment.segment.config.top_k
+        self._turn = np.zeros(1, np.int64)
+        self._turn_at = self._turn.ctypes.data
+
+    def ask(self, layer: int, logits: Callable[[], npt.NDArray[np.float32]]) -> list[PagingRequest]:
+        """Ask for what some tokens will probably choose, unless the pager has turned that down; what that queued.
+
+        Parameters
+        ----------
+        layer : int
+        logits : callable
+            Computes float32 [T, E], if they are wanted.
+        """
+        with self._attachment.in_use() as segment:
+            if withholds(segment.address + HEADER_TURNED_DOWN, GATE, self._lane.counters, self._turn_at):
+                return []
+        began = time.thread_time_ns()
+        experts = expected_experts(logits(), self._top_k)
+        with self._attachment.in_use() as segment:
+            requests = self._request(segment.address, layer, experts)
+            add(self._lane.counter(LaneCounter.SPECULATING_NS), time.thread_time_ns() - began)
+        return requests
+
+    def _request(self, base: int, layer: int, experts: list[int]) -> list[PagingRequest]:
+        layout, lane = self._attachment.segment.layout, self._lane
+        queued = [
+            expert
+            for expert in experts
+            if submit_speculation(
+                base + layout.row(layout.experts, layer) + expert * WORD,
+                base + layout.row(layout.failures, layer) + expert * WORD,
+                base + layout.ring, layout.ring_bits, lane.counters, layer, expert, lane.number,
+            ) == QUEUE
+        ]  # fmt: skip
+        if queued:
+            self._attachment.ring_pager()
+        return [PagingRequest(layer, expert, PagingDirection.IN, PagingPriority.PREFETCH) for expert in queued]
 
 
 def checked_rows(name: str, rows: object, size: int) -> npt.NDArray[np.float32]:
@@ -45,22 +100,3 @@ def expected_experts(logits: npt.NDArray[np.float32], top_k: int) -> list[int]:
     np.add.at(weights, chosen.ravel(), np.take_along_axis(shares, chosen, 1).ravel())
     experts = np.unique(chosen)
     return [int(expert) for expert in experts[np.argsort(-weights[experts], kind="stable")]]
-
-
-def request_expected(attachment: Attachment, layer: int, experts: list[int]) -> list[PagingRequest]:
-    """Ask for experts as a gate's speculation; what that queued. Claims a lane."""
-    lane = attachment.lane()
-    with attachment.in_use() as segment:
-        layout, base = segment.layout, segment.address
-        queued = [
-            expert
-            for expert in experts
-            if submit_speculation(
-                base + layout.row(layout.experts, layer) + expert * WORD,
-                base + layout.row(layout.failures, layer) + expert * WORD,
-                base + layout.ring, layout.ring_bits, lane.counters, layer, expert, lane.number,
-            ) == QUEUE
-        ]  # fmt: skip
-        if queued:
-            attachment.ring_pager()
-    return [PagingRequest(layer, expert, PagingDirection.IN, PagingPriority.PREFETCH) for expert in queued]

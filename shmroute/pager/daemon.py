@@ -19,6 +19,7 @@ import numpy.typing as npt
 from shmroute.failures import ChecksumMismatch, classify
 from shmroute.pager.loader import Load, Loader
 from shmroute.pager.prefetch.arbiter import Arbiter
+from shmroute.pager.prefetch.usage import MeasuredUsage
 from shmroute.pager.publishing import Publisher, charge
 from shmroute.pager.queue import AWAITED, LoadQueue
 from shmroute.pager.reaper import Reaper
@@ -36,11 +37,12 @@ from shmroute.shared.experts import (
     request_expert_word,
 )
 from shmroute.shared.identity import own_identity
-from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER
+from shmroute.shared.layout import HEADER_BELL, HEADER_PAGER, HEADER_TURNED_DOWN
 from shmroute.shared.metrics import PAGER_COUNTERS, PagerCounter, Predictor, PrefetchOutcome, add
 from shmroute.shared.pool import Pool
 from shmroute.shared.ring import EMPTY, ring_has_work, ring_pop
 from shmroute.shared.segment import Segment
+from shmroute.shared.turned_down import tell
 from shmroute.shared.words import (
     HUNGRY,
     NO_LANE,
@@ -92,7 +94,8 @@ class Pager:
         powers = power_table(segment.config.affinity.decay)
         self._slots = Slots(segment, self._table, powers)
         self._queue = LoadQueue()
-        self._prefetch = Arbiter(segment, self._slots.eviction, self._count_outcome)
+        self._usage = MeasuredUsage(segment)
+        self._prefetch = Arbiter(segment, self._slots.eviction, self._count_outcome, self._usage)
         self._slots.when_evicted = self._prefetch.evicted
         self._asked_by: dict[int, int] = {}
         self._failures: dict[int, int] = {}
@@ -410,6 +413,8 @@ class Pager:
         self._table.rebuild_bitmaps()
         for key in self._queue.stale_prefetches(now - self._settings.prefetch_stale):
             self._drop_prefetch(key)
+        self._prefetch.speculated(self._usage.look())
+        tell(self._segment.address + HEADER_TURNED_DOWN, self._prefetch.turned_down())
 
     def _drop_prefetch(self, key: int) -> None:
         """Cancel a queued prefetch, unless somebody demands it by now."""

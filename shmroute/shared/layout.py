@@ -33,6 +33,7 @@ HEADER_CONFIG_BYTES: Final = 56
 HEADER_STATE: Final = 1 * LINE  # identity word: LIVE, or DESTROYING and by whom
 HEADER_OWNER: Final = 2 * LINE  # identity word of the creator
 HEADER_PAGER: Final = 3 * LINE  # identity word of the pager that holds the lock
+HEADER_TURNED_DOWN: Final = HEADER_PAGER + WORD  # and what it tells workers: `shmroute.shared.turned_down`
 HEADER_STANDBY: Final = 4 * LINE  # identity word of the pager that waits for it
 HEADER_BELL: Final = 5 * LINE
 HEADER_CONFIG: Final = 6 * LINE  # JSON

@@ -50,6 +50,8 @@ class LaneCounter(IntEnum):
     RECORDED = 15  # (token, layer) pairs written to its recording
     UNRECORDED = 16  # records for which its recording had no room
     DEFERRED = 17  # tokens whose affinity was recorded after their call; see `shmroute.routing.publication`
+    WITHHELD = 18  # speculations not made, since the pager has turned them down; see `shmroute.shared.turned_down`
+    SPECULATING_NS = 19  # CPU time of those that were made
 
 
 class PagerCounter(IntEnum):

@@ -71,7 +71,8 @@ class SharedRouting:
         ids, weights = np.empty((tokens, self._top_k), np.int32), np.empty((tokens, self._top_k), np.float32)
         self._router.route_into(logits.float().numpy(), ids, weights)
         if self._following is not None and tokens <= self._few:
-            self._runtime.expect(self._layer + 1, self._following.logits(hidden).float().numpy())
+            following = self._following
+            self._runtime.expect(self._layer + 1, lambda: following.logits(hidden).float().numpy())
         chosen = torch.from_numpy(weights)
         if not self._family.float32_weights:
             chosen = chosen.to(logits.dtype)

@@ -13,6 +13,8 @@ expert somebody may want back; and trust, which its predictor has earned or not.
 - *Trust.* A predictor that is not precise enough in a layer is turned down there, and one whose prefetches have cost
   more than they saved (`balance`) everywhere, but for one proposal in `PROBE`, from which it can win trust back. So
   what wrong predictions can cost is bounded by a share of the loads, whatever the stream.
+- *Thinking.* A predictor whose CPU time is worth more than the waiting that it saves, as things are (`usage`), is asked
+  one time in `PROBE`. Workers learn by a shared word which predictors they need not think for.
 
 A prediction for the next token is stale once every worker has passed its layer since.
 
@@ -21,7 +23,7 @@ Users' hints are theirs to judge: they go through, and only wait for demands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -32,17 +34,17 @@ from shmroute.pager.prefetch.balance import Balance
 from shmroute.pager.prefetch.candidates import find_candidates, layers_until_use
 from shmroute.pager.prefetch.record import Prefetched, TrackRecord
 from shmroute.pager.prefetch.spare import SpareBandwidth
+from shmroute.pager.prefetch.usage import IdleCores, Usage
 from shmroute.shared.experts import read_word
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
 from shmroute.shared.tables import Tables
+from shmroute.shared.turned_down import PROBE, is_turned_down
 
 LEAST_PRECISION: Final = {
     Predictor.TRANSITIONS: 0.3, Predictor.PREVIOUS_TOKEN: 0.3, Predictor.GATE: 0.3, Predictor.AFFINITY: 0.5,
 }  # fmt: skip
 """Of a predictor that is asked. Affinity says of no token when it will use the expert: any use before it goes makes it
 right, and of experts that are used at random every second one is."""
-PROBE: Final = 128
-"""Of what a predictor that is turned down would propose, one in so many is loaded."""
 GONE_ANYWAY: Final = 0.5
 """What part of a load is charged to an unused prefetch for the expert that went for it, if that is demanded after the
 prefetched one is gone too: it might have gone for another by then."""
@@ -61,6 +63,8 @@ class Arbiter:
         Whose observations are used.
     count : callable
         Called as ``count(predictor, outcome)`` for each change of a prefetch.
+    usage : Usage
+        What waiting and CPU time are worth.
 
     Attributes
     ----------
@@ -70,7 +74,11 @@ class Arbiter:
     """
 
     def __init__(
-        self, tables: Tables, eviction: Eviction, count: Callable[[int, PrefetchOutcome], None] = lambda _, __: None
+        self,
+        tables: Tables,
+        eviction: Eviction,
+        count: Callable[[int, PrefetchOutcome], None] = lambda _, __: None,
+        usage: Usage | None = None,
     ) -> None:
         config, layout = tables.config, tables.layout
         self._budget = config.pager.prefetch
@@ -83,7 +91,10 @@ class Arbiter:
         self._successors = tables.address + layout.successors, layout.successor_row_bytes
         self.record = TrackRecord(config.num_layers, config.num_experts, count)
         self.spare = SpareBandwidth(config.pager.io_threads)
-        self.balance = Balance()
+        self._usage = IdleCores() if usage is None else usage
+        self.balance = Balance(self._usage)
+        self._told = 0  # the word by which workers know who is turned down
+        self._passed_over = np.zeros(len(Predictor), np.int64)
         self._gone_for: dict[int, tuple[int, int]] = {}  # of experts that went for prefetches: those, and whose idea
         self._refused = np.zeros((len(Predictor), config.num_layers), np.int64)
         self._looked = np.full((len(Predictor), config.num_layers), -1, np.int64)
@@ -100,11 +111,29 @@ class Arbiter:
         room = self._budget - self.record.queued
         if room <= 0 or not self._asked_by_pager or self.spare.spare(now) <= 0:
             return []
+        asked = [predictor for predictor in self._asked_by_pager if self._is_asked(predictor)]
+        if not asked:
+            return []
+        began = self._usage.thread_seconds()
+        found = self._ask(asked, room, now)
+        spent = (self._usage.thread_seconds() - began) / len(asked)
+        for predictor in asked:
+            self.balance.spent(predictor, spent, self.spare.load_seconds)
+        return found
+
+    def _is_asked(self, predictor: int) -> bool:
+        """Whether a predictor of the pager's own is asked now: its thinking pays, or this is a probe."""
+        if self.balance.pays(predictor, self.spare.load_seconds):
+            return True
+        self._passed_over[predictor] += 1
+        return bool(self._passed_over[predictor] % PROBE == 0)
+
+    def _ask(self, asked: Sequence[Predictor], room: int, now: float) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         distances, clocks = self._eviction.distances(), self._eviction.clocks()
         nobody = distances.min() > 1  # is under way: affinity alone says something then, of what was activated
         for layer in np.argsort(distances, kind="stable").tolist():
-            for predictor in self._asked_by_pager:
+            for predictor in asked:
                 source = clocks[layer if nobody else layer - 1]  # the layer before has been routed since
                 in_reach = predictor == Predictor.AFFINITY if nobody else distances[layer] <= REACH[predictor]
                 if not in_reach or self._looked[predictor, layer] == source:
@@ -132,8 +161,8 @@ class Arbiter:
         """Whether a predictor's next proposal in a layer is taken: it is precise enough, or this is a probe."""
         if predictor not in self._honoured:
             return False
-        if predictor == Predictor.HINT:
-            return True
+        if predictor == Predictor.HINT or (predictor == Predictor.GATE and is_turned_down(self._told, predictor)):
+            return True  # of those of the gate that is turned down workers withhold all but probes
         precise = self.record.precision[predictor, layer] >= max(
             LEAST_PRECISION[Predictor(predictor)], self.spare.demanded(now)
         )
@@ -141,6 +170,19 @@ class Arbiter:
             return True
         self._refused[predictor, layer] += 1
         return bool(self._refused[predictor, layer] % PROBE == 0)
+
+    def speculated(self, seconds: float) -> None:
+        """Note that workers have speculated with the gate for so many seconds of CPU time."""
+        self.balance.speculated(Predictor.GATE, seconds, self.spare.load_seconds)
+
+    def turned_down(self) -> int:
+        """Which predictors are turned down everywhere by now: the word that workers are to be told."""
+        self._told = sum(
+            1 << predictor
+            for predictor in self._honoured - {Predictor.HINT}
+            if not (self.balance.is_worth_it(predictor) and self.balance.pays(predictor, self.spare.load_seconds))
+        )
+        return self._told
 
     # ---------------------------------------------------------- one prefetch, from its beginning to its end
 
@@ -184,12 +226,16 @@ class Arbiter:
         if self.record.look(key, self._eviction.total(key), clock, self._eviction.workers):
             self._gone_for.pop(prefetched.victim, None)
             self.balance.saved(prefetched.predictor, prefetched.load_seconds)
+            self.balance.spent(prefetched.predictor, -prefetched.load_cpu, self.spare.load_seconds)
 
     def loaded(self, key: int, seconds: float, now: float, *, demanded: bool) -> None:
         """Note that a load has ended, demanded or not."""
         self.spare.loaded(seconds, now, demanded=demanded)
         if key in self.record:
             self.record.loaded(key, seconds)
+            prefetched = self.record.pending[key]
+            prefetched.load_cpu = self._usage.load_cpu
+            self.balance.spent(prefetched.predictor, prefetched.load_cpu, self.spare.load_seconds)
 
     def demanded(self, key: int) -> None:
         """Note that an expert is demanded that is not there."""
@@ -197,6 +243,7 @@ class Arbiter:
         if predictor >= 0:
             share = 1.0 if came in self.record else GONE_ANYWAY
             self.balance.cost(predictor, share * self.spare.load_seconds)
+            self.balance.spent(predictor, share * self._usage.load_cpu, self.spare.load_seconds)
 
     def delayed(self, key: int, seconds: float) -> None:
         """Note that a demand waited so long for the end of a load; nothing if that was no prefetch."""

@@ -1,9 +1,20 @@
-"""What each predictor's prefetches saved and cost, in seconds of loads.
+"""What each predictor's prefetches saved and cost.
 
-A prefetch that is used saves its load. One that is under way when a demand comes makes that wait for the rest of it;
-and if the expert that went for it is demanded again while the prefetched one is not used, or after it went unused, that
-is a load more. Both are measured, not estimated, so it does not matter why they come about: long loads, bad guesses,
-few slots.
+Two things are counted that are not the same: seconds for which workers wait, and seconds of CPU time.
+
+*Waiting.* A prefetch that is used saves its load. One that is under way when a demand comes makes that wait for the
+rest of it; and if the expert that went for it is demanded again while the prefetched one is not used, or after it went
+unused, that is a load more. Both are measured, not estimated, so it does not matter why they come about: long loads,
+bad guesses, few slots.
+
+*CPU time.* A load takes some, which a prefetch that is used gives back: it stands for the demand's load. Looking for
+proposals takes some, and so do the workers that speculate: those are kept from their own work, whatever cores are idle.
+
+What either is worth depends on the cores (`usage`). Where none is idle, a worker that waits leaves its core to another,
+so that nothing is lost by waiting, and all CPU time is taken from the workers. Where cores are idle it is the other way
+round. A predictor pays as long as
+
+    weight of CPU · CPU time + workers' CPU time ≤ weight of waiting · waiting saved, or one load.
 """
 
 from __future__ import annotations
@@ -12,19 +23,31 @@ from typing import Final
 
 import numpy as np
 
+from shmroute.pager.prefetch.usage import Usage
 from shmroute.shared.metrics import Predictor
 
 MEMORY: Final = 64
 """Savings and costs over which the sums run, about: each fades with those that follow."""
 GRACE: Final = 1.0
 """Loads by which the costs may exceed the savings."""
+DEBT: Final = 16.0
+"""Loads by which workers' CPU time may exceed what is saved: from there a predictor must be able to come back."""
 
 
 class Balance:
-    """Savings and costs of all predictors."""
+    """Savings and costs of all predictors.
 
-    def __init__(self) -> None:
-        self._seconds = np.zeros(len(Predictor))
+    Parameters
+    ----------
+    usage : Usage
+        What they are worth.
+    """
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+        self._seconds = np.zeros(len(Predictor))  # of waiting, saved
+        self._cpu = np.zeros(len(Predictor))  # seconds of the pager's CPU time, spent
+        self._workers_cpu = np.zeros(len(Predictor))  # of the workers'
         self._load_seconds = 0.0
 
     def saved(self, predictor: int, load_seconds: float) -> None:
@@ -36,9 +59,31 @@ class Balance:
         """Note that a demand waited so long because of a prefetch, or has to load again what went for one."""
         self._add(predictor, -seconds)
 
+    def spent(self, predictor: int, cpu_seconds: float, load_seconds: float) -> None:
+        """Note that a predictor took CPU time of the pager, or gave it back; a load takes so long.
+
+        Time that nothing comes of is not faded by what follows, so it is bounded.
+        """
+        self._cpu[predictor] = min(max(self._cpu[predictor] + cpu_seconds, 0.0), MEMORY * load_seconds)
+
+    def speculated(self, predictor: int, cpu_seconds: float, load_seconds: float) -> None:
+        """Note that a predictor took CPU time of workers; a load takes so long."""
+        most = self._worth_of_waiting(predictor) + DEBT * load_seconds
+        self._workers_cpu[predictor] = min(self._workers_cpu[predictor] + cpu_seconds, most)
+
     def is_worth_it(self, predictor: int) -> bool:
-        """Whether a predictor has saved what it cost, about."""
+        """Whether a predictor has saved what it cost, about, of waiting alone."""
         return bool(self._seconds[predictor] >= -GRACE * self._load_seconds)
 
+    def pays(self, predictor: int, load_seconds: float) -> bool:
+        """Whether a predictor's CPU time is worth what it saves, about; a load takes so long."""
+        costs = self._usage.cpu_weight * self._cpu[predictor] + self._workers_cpu[predictor]
+        return bool(costs <= max(self._worth_of_waiting(predictor), GRACE * load_seconds))
+
+    def _worth_of_waiting(self, predictor: int) -> float:
+        return max(self._usage.waiting_weight * float(self._seconds[predictor]), 0.0)
+
     def _add(self, predictor: int, seconds: float) -> None:
-        self._seconds[predictor] += seconds - self._seconds[predictor] / MEMORY
+        for sums in (self._seconds, self._cpu, self._workers_cpu):
+            sums[predictor] -= sums[predictor] / MEMORY
+        self._seconds[predictor] += seconds

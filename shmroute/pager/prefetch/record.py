@@ -44,6 +44,8 @@ class Prefetched:
         Monotonic seconds.
     load_seconds : float
         How long its load took, once that has ended; 0 before.
+    load_cpu : float
+        Likewise the CPU time that it is charged with.
     timed : bool
         Whether its punctuality is known.
     victim : int
@@ -55,6 +57,7 @@ class Prefetched:
     clock: int
     asked_at: float
     load_seconds: float = 0.0
+    load_cpu: float = 0.0
     timed: bool = False
     victim: int = -1
 
