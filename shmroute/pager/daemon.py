@@ -360,7 +360,9 @@ class Pager:
         self._failures.pop(key, None)
         self._slots.loaded(load.slot, key)
         seconds, now = duration / 1e9, time.monotonic()
-        self._prefetch.loaded(key, seconds, now, demanded=load.priority > PREFETCH)
+        prefetched = load.priority == PREFETCH
+        waiting = self._waiters.lanes_of_layer(load.layer) if prefetched else ()
+        self._prefetch.loaded(key, seconds, now, demanded=not prefetched, waiting=waiting)
         if load.priority == PREFETCH and (waited := self._demand_waits(load, now)) > 0:
             self._prefetch.delayed(key, min(waited, seconds))
 

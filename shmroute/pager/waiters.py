@@ -77,6 +77,12 @@ class Waiters:
         """The lanes that wait for an expert."""
         return [lane for lane, awaited in enumerate(awaited_by_lane(self._segment).tolist()) if awaited == key]
 
+    def lanes_of_layer(self, layer: int) -> list[int]:
+        """The lanes that wait for an expert of a layer: each takes whichever comes first of those that it needs."""
+        num_experts = self._segment.config.num_experts
+        waits = enumerate(awaited_by_lane(self._segment).tolist())
+        return [lane for lane, awaited in waits if awaited >= 0 and awaited // num_experts == layer]
+
     def wake(self, keys: Iterable[int]) -> None:
         """Ring the bell of every lane that waits for one of some experts, or for another of its layer.
 

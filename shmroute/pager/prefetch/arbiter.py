@@ -36,9 +36,11 @@ from shmroute.pager.prefetch.record import Prefetched, TrackRecord
 from shmroute.pager.prefetch.spare import SpareBandwidth
 from shmroute.pager.prefetch.usage import IdleCores, Usage
 from shmroute.shared.experts import read_word
+from shmroute.shared.layout import LINE
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
 from shmroute.shared.tables import Tables
 from shmroute.shared.turned_down import PROBE, is_turned_down
+from shmroute.shared.words import LOW32, high32
 
 LEAST_PRECISION: Final = {
     Predictor.TRANSITIONS: 0.3, Predictor.PREVIOUS_TOKEN: 0.3, Predictor.GATE: 0.3, Predictor.AFFINITY: 0.5,
@@ -95,6 +97,8 @@ class Arbiter:
         self.balance = Balance(self._usage)
         self._told = 0  # the word by which workers know who is turned down
         self._passed_over = np.zeros(len(Predictor), np.int64)
+        self._threads = config.pager.io_threads
+        self._demands: dict[int, tuple[int, int]] = {}  # of a layer: its clock at the last one, how many came then
         self._gone_for: dict[int, tuple[int, int]] = {}  # of experts that went for prefetches: those, and whose idea
         self._refused = np.zeros((len(Predictor), config.num_layers), np.int64)
         self._looked = np.full((len(Predictor), config.num_layers), -1, np.int64)
@@ -220,25 +224,53 @@ class Arbiter:
         for key in list(self.record.pending):
             self._look(key)
 
-    def _look(self, key: int) -> None:
+    def _look(self, key: int, *, at_last: bool = False) -> None:
         prefetched = self.record.pending[key]
+        waited = self._waited_still(prefetched)
+        if waited is None and not at_last:
+            return
         clock = int(self._eviction.clocks()[key // self._num_experts])
         if self.record.look(key, self._eviction.total(key), clock, self._eviction.workers):
             self._gone_for.pop(prefetched.victim, None)
-            self.balance.saved(prefetched.predictor, prefetched.load_seconds)
+            saved = prefetched.load_seconds * self._share_saved(key) - (waited or 0.0)
+            self.balance.saved(prefetched.predictor, prefetched.load_seconds, max(saved, 0.0))
             self.balance.spent(prefetched.predictor, -prefetched.load_cpu, self.spare.load_seconds)
 
-    def loaded(self, key: int, seconds: float, now: float, *, demanded: bool) -> None:
-        """Note that a load has ended, demanded or not."""
+    def _waited_still(self, prefetched: Prefetched) -> float | None:
+        """How long workers went on waiting that waited when a load had ended; None if one has not counted that yet."""
+        longest = 0.0
+        for lane, before in prefetched.waiters:
+            waited = self._usage.waited(lane) - before
+            if not waited:
+                return None
+            longest = max(longest, waited)
+        return longest
+
+    def _share_saved(self, key: int) -> float:
+        """What part of a load a prefetch has saved whose expert was used: demands of the same token run beside it."""
+        layer, expert = divmod(key, self._num_experts)
+        at, misses = self._demands.get(layer, (0, 0))
+        used_at = high32(read_word(self._tables.address + self._tables.layout.affinity(layer, expert)))
+        if not misses or (abs(used_at - at) & LOW32) >= self._eviction.workers:
+            return 1.0
+        return max((misses + 1) / self._threads, 1.0) - max(misses / self._threads, 1.0)
+
+    def loaded(self, key: int, seconds: float, now: float, *, demanded: bool, waiting: Sequence[int] = ()) -> None:
+        """Note that a load has ended, demanded or not, and the lanes that wait for it: some part it has not saved."""
         self.spare.loaded(seconds, now, demanded=demanded)
         if key in self.record:
             self.record.loaded(key, seconds)
             prefetched = self.record.pending[key]
             prefetched.load_cpu = self._usage.load_cpu
+            prefetched.waiters = tuple((lane, self._usage.waited(lane)) for lane in waiting)
             self.balance.spent(prefetched.predictor, prefetched.load_cpu, self.spare.load_seconds)
 
     def demanded(self, key: int) -> None:
         """Note that an expert is demanded that is not there."""
+        layer = key // self._num_experts
+        clock = read_word(self._tables.address + self._tables.layout.clock + layer * LINE) & LOW32
+        at, misses = self._demands.get(layer, (clock, 0))
+        self._demands[layer] = clock, misses + 1 if at == clock else 1
         predictor, came = self._gone_for.pop(key, (-1, -1))
         if predictor >= 0:
             share = 1.0 if came in self.record else GONE_ANYWAY
@@ -264,6 +296,6 @@ class Arbiter:
     def evicted(self, key: int) -> None:
         """Note that an expert went, after `Eviction.observe`; nothing if it was no prefetch, or was used."""
         if key in self.record:
-            self._look(key)
+            self._look(key, at_last=True)
         if key in self.record:
             self.record.evicted(key)

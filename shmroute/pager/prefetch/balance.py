@@ -2,10 +2,11 @@
 
 Two things are counted that are not the same: seconds for which workers wait, and seconds of CPU time.
 
-*Waiting.* A prefetch that is used saves its load. One that is under way when a demand comes makes that wait for the
-rest of it; and if the expert that went for it is demanded again while the prefetched one is not used, or after it went
-unused, that is a load more. Both are measured, not estimated, so it does not matter why they come about: long loads,
-bad guesses, few slots.
+*Waiting.* A prefetch that is used saves its load: less what a worker still had to wait for its end, and only as far as
+other loads that the same token waits for would not have run beside it. One that is under way when a demand comes makes
+that wait for the rest of it; and if the expert that went for it is demanded again while the prefetched one is not used,
+or after it went unused, that is a load more. Both are measured, not estimated, so it does not matter why they come
+about: long loads, bad guesses, few slots.
 
 *CPU time.* A load takes some, which a prefetch that is used gives back: it stands for the demand's load. Looking for
 proposals takes some, and so do the workers that speculate: those are kept from their own work, whatever cores are idle.
@@ -50,10 +51,10 @@ class Balance:
         self._workers_cpu = np.zeros(len(Predictor))  # of the workers'
         self._load_seconds = 0.0
 
-    def saved(self, predictor: int, load_seconds: float) -> None:
-        """Note that a prefetch was used, whose load took so long."""
+    def saved(self, predictor: int, load_seconds: float, seconds: float) -> None:
+        """Note that a prefetch was used, whose load took so long, and what waiting that has saved."""
         self._load_seconds += (load_seconds - self._load_seconds) / MEMORY if self._load_seconds else load_seconds
-        self._add(predictor, load_seconds)
+        self._add(predictor, seconds)
 
     def cost(self, predictor: int, seconds: float) -> None:
         """Note that a demand waited so long because of a prefetch, or has to load again what went for one."""

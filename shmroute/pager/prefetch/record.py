@@ -46,6 +46,8 @@ class Prefetched:
         How long its load took, once that has ended; 0 before.
     load_cpu : float
         Likewise the CPU time that it is charged with.
+    waiters : tuple of tuple
+        Of each worker that waited for it when its load had ended: the lane, and the seconds of waits that it had counted.
     timed : bool
         Whether its punctuality is known.
     victim : int
@@ -58,6 +60,7 @@ class Prefetched:
     asked_at: float
     load_seconds: float = 0.0
     load_cpu: float = 0.0
+    waiters: tuple[tuple[int, float], ...] = ()
     timed: bool = False
     victim: int = -1
 

@@ -58,6 +58,9 @@ class Usage(Protocol):
     def thread_seconds(self) -> float:
         """CPU time of the calling thread so far."""
 
+    def waited(self, lane: int) -> float:
+        """Seconds that a lane's workers have waited for loads so far: each wait is counted when it ends."""
+
 
 class IdleCores:
     """Cores that are idle whenever a worker waits, and thoughts that take no time: a replay's."""
@@ -65,6 +68,10 @@ class IdleCores:
     waiting_weight, cpu_weight, load_cpu = 1.0, 0.0, 0.0
 
     def thread_seconds(self) -> float:
+        """0."""
+        return 0.0
+
+    def waited(self, lane: int) -> float:
         """0."""
         return 0.0
 
@@ -103,6 +110,10 @@ class MeasuredUsage:
     def thread_seconds(self) -> float:
         """CPU time of the calling thread so far."""
         return time.thread_time()
+
+    def waited(self, lane: int) -> float:
+        """Seconds that a lane's workers have waited for loads so far: each wait is counted when it ends."""
+        return self._segment.read(self._segment.layout.lane(lane) + LANE_SHARD + LaneCounter.WAIT_NS * WORD) / 1e9
 
     def look(self) -> float:
         """Measure, if it is time; the CPU seconds that workers have speculated for since this last did."""
