@@ -10,17 +10,43 @@ import pytest
 
 from shmroute.config import PagerConfig
 from shmroute.pager.eviction.victims import Eviction
-from shmroute.pager.prefetch.arbiter import LEAST_PRECISION, PROBE, Arbiter
-from shmroute.pager.prefetch.balance import MEMORY, Balance
+from shmroute.pager.prefetch.arbiter import LEAST_PRECISION, Arbiter
+from shmroute.pager.prefetch.balance import DEBT, MEMORY, Balance
 from shmroute.pager.prefetch.record import PRIOR
 from shmroute.pager.prefetch.spare import LOADS, SpareBandwidth
+from shmroute.pager.prefetch.usage import IdleCores
 from shmroute.shared.affinity import power_table
 from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
 from shmroute.shared.segment import Segment
+from shmroute.shared.turned_down import PROBE, is_turned_down
 from shmroute.shared.words import LIVE, SCORE_ONE, pack_affinity, pack_identity
 
 EVERYBODY = ("affinity", "previous-token", "transitions", "gate")
+
+
+class Cores(IdleCores):
+    """Idle cores until told otherwise; a thought takes `thought` seconds."""
+
+    def __init__(self) -> None:
+        self.waiting_weight, self.cpu_weight, self.load_cpu, self.thought = 1.0, 0.0, 0.0, 0.0
+        self.counted = [0.0] * 4
+        self._thread_seconds = 0.0
+
+    def busy(self) -> None:
+        """No core idles from now on."""
+        self.waiting_weight, self.cpu_weight = 0.0, 1.0
+
+    def idle(self) -> None:
+        """All cores idle whenever a worker waits."""
+        self.waiting_weight, self.cpu_weight = 1.0, 0.0
+
+    def thread_seconds(self) -> float:
+        self._thread_seconds += self.thought
+        return self._thread_seconds
+
+    def waited(self, lane: int) -> float:
+        return self.counted[lane]
 
 
 class Pager:
@@ -35,7 +61,8 @@ class Pager:
         self._powers = power_table(segment.config.affinity.decay)
         self.eviction = Eviction(tables, self._powers)
         self.counted: Counter[tuple[int, PrefetchOutcome]] = Counter()
-        self.arbiter = Arbiter(tables, self.eviction, lambda *outcome: self.counted.update([outcome]))
+        self.cores = Cores()
+        self.arbiter = Arbiter(tables, self.eviction, lambda *outcome: self.counted.update([outcome]), self.cores)
         self._clocks = [0, 0]
         lane = segment.layout.lane(0)
         segment.write(lane + LANE_IDENTITY, pack_identity(LIVE, 0, 0, 1))
@@ -221,6 +248,141 @@ def test_the_same_state_is_not_looked_at_twice(pager: Pager) -> None:
     assert pager.arbiter.proposals(0.0) == []
 
 
+# ------------------------------------------------------------------ CPU time
+
+
+def turned_down(pager: Pager) -> set[Predictor]:
+    word = pager.arbiter.turned_down()
+    return {predictor for predictor in Predictor if is_turned_down(word, predictor)}
+
+
+def asked(pager: Pager, times: int) -> int:
+    """How often a predictor of the pager's own looks for proposals, given the chance."""
+    before, pager.cores.thought = pager.cores.thread_seconds(), 1.0
+    for _ in range(times):
+        pager.arbiter.proposals(0.0)
+    found = pager.cores.thread_seconds() - before
+    pager.cores.thought = 0.0
+    return round(found - 1) // 2  # one look at the clock before, one after each time
+
+
+def test_where_no_core_is_idle_waiting_counts_for_nothing_and_wrong_guesses_cost_their_loads(pager: Pager) -> None:
+    pager.cores.load_cpu = 0.004
+    for _ in range(10):
+        pager.prefetch(3, Predictor.GATE, used=True)
+    for _ in range(5):
+        pager.prefetch(3, Predictor.AFFINITY, used=False)
+    assert turned_down(pager) == set(), "cores are idle: all that counts is what was saved"
+    pager.cores.busy()
+    assert turned_down(pager) == {Predictor.AFFINITY}, "the gate's loads stand for those of demands"
+    pager.cores.idle()
+    assert turned_down(pager) == set()
+
+
+def test_thinking_is_charged_where_no_core_is_idle_and_then_done_one_time_in_so_many(segment: Segment) -> None:
+    pager = Pager(segment, predictors=("transitions",))
+    pager.arbiter.loaded(9, 0.01, 0.0, demanded=True)
+    pager.cores.thought = 0.004
+    for _ in range(3):
+        pager.arbiter.proposals(100.0)
+    assert turned_down(pager) == set()
+    pager.cores.busy()
+    assert turned_down(pager) == {Predictor.TRANSITIONS}
+    pager.cores.thought = 0.0
+    assert asked(pager, 10 * PROBE) == 10
+    pager.cores.idle()
+    assert asked(pager, PROBE) == PROBE
+
+
+def test_workers_thinking_is_charged_whatever_the_cores_do(pager: Pager) -> None:
+    pager.prefetch(3, Predictor.GATE, used=True)
+    pager.arbiter.speculated(0.009)
+    assert turned_down(pager) == set()
+    pager.arbiter.speculated(0.002)
+    assert turned_down(pager) == {Predictor.GATE}
+    for _ in range(3):
+        pager.prefetch(3, Predictor.GATE, used=True)
+    assert turned_down(pager) == set()
+
+
+def test_no_predictor_gets_so_deep_into_debt_that_it_cannot_come_back(pager: Pager) -> None:
+    pager.prefetch(3, Predictor.GATE, used=True)
+    pager.arbiter.speculated(1e6)
+    pager.arbiter.balance.spent(Predictor.GATE, 1e6, 0.01)
+    needed = 0
+    while turned_down(pager):
+        pager.prefetch(3, Predictor.GATE, used=True)
+        needed += 1
+    assert DEBT / 2 < needed < DEBT
+
+
+def test_probes_of_workers_that_were_told_are_all_taken(pager: Pager) -> None:
+    pager.prefetch(3, Predictor.GATE, used=True)
+    pager.arbiter.speculated(1.0)
+    assert trusted(pager, Predictor.GATE) == PROBE, "they have not been told yet, and it is precise"
+    pager.arbiter.record.precision[Predictor.GATE] = 0.0
+    assert trusted(pager, Predictor.GATE) == 1
+    pager.arbiter.turned_down()
+    assert trusted(pager, Predictor.GATE) == PROBE
+
+
+def test_only_predictors_that_are_named_can_be_turned_down(segment: Segment) -> None:
+    pager = Pager(segment, predictors=("transitions",))
+    for predictor in Predictor:
+        pager.arbiter.balance.cost(predictor, 1.0)
+    assert turned_down(pager) == {Predictor.TRANSITIONS}
+
+
+# ------------------------------------------------------------------ how much waiting a prefetch saves
+
+
+def saved(pager: Pager, predictor: Predictor = Predictor.GATE) -> float:
+    """Loads saved so far: by so many the workers' thinking may exceed them until the predictor is turned down."""
+    spent = 0
+    while not pager.arbiter.turned_down():
+        pager.arbiter.balance.speculated(predictor, 1e-4, 0.01)
+        spent += 1
+    return round((spent - 1) / 100, 1)
+
+
+def test_what_a_worker_waited_for_the_end_of_a_load_is_not_saved(pager: Pager) -> None:
+    for _ in range(4):
+        pager.arbiter.asked(3, Predictor.GATE, 0.0)
+        pager.route(0, 3)
+        pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=[1])
+        pager.arbiter.look()
+        pager.cores.counted[1] += 0.002
+        pager.arbiter.look()
+    assert pager.outcomes(Predictor.GATE) == {"issued": 4, "completed": 4, "useful": 4}
+    assert saved(pager) == pytest.approx(4 * 0.8, rel=0.05)
+
+
+def test_a_prefetch_is_judged_when_the_wait_for_it_was_counted_or_it_goes(pager: Pager) -> None:
+    for key in (3, 4):
+        pager.arbiter.asked(key, Predictor.GATE, 0.0)
+        pager.arbiter.loaded(key, 0.01, 0.0, demanded=False, waiting=[0])
+    pager.route(0, 3)
+    assert pager.outcomes(Predictor.GATE) == {"issued": 2, "completed": 2}
+    pager.arbiter.evicted(3)
+    pager.arbiter.evicted(4)
+    assert pager.outcomes(Predictor.GATE) == {"issued": 2, "completed": 2, "useful": 1, "wasted": 1}
+
+
+@pytest.mark.parametrize(("threads", "loads"), [(1, 4.0), (2, 1.0)])
+def test_a_load_that_would_have_run_beside_another_of_the_same_token_saves_nothing(
+    segment: Segment, threads: int, loads: float
+) -> None:
+    pager = Pager(segment, io_threads=threads)
+    pager.prefetch(3, Predictor.GATE, used=True)
+    for _ in range(3):
+        pager.arbiter.asked(3, Predictor.GATE, 0.0)
+        pager.arbiter.loaded(3, 0.01, 0.0, demanded=False)
+        segment.write(segment.layout.clock, pager.eviction.clocks()[0] + 1)
+        pager.arbiter.demanded(5)
+        pager.route(0, 3, 5)
+    assert saved(pager) == pytest.approx(loads, abs=0.25)
+
+
 # ------------------------------------------------------------------ the slot
 
 
@@ -290,9 +452,9 @@ def test_spare_bandwidth_is_what_loads_leave() -> None:
 
 
 def test_old_savings_fade() -> None:
-    balance = Balance()
+    balance = Balance(IdleCores())
     for _ in range(1000):
-        balance.saved(Predictor.GATE, 0.01)
+        balance.saved(Predictor.GATE, 0.01, 0.01)
     costs = 0
     while balance.is_worth_it(Predictor.GATE):
         balance.cost(Predictor.GATE, 0.01)

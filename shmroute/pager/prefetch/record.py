@@ -47,7 +47,7 @@ class Prefetched:
     load_cpu : float
         Likewise the CPU time that it is charged with.
     waiters : tuple of tuple
-        Of each worker that waited for it when its load had ended: the lane, and the seconds of waits that it had counted.
+        Of each worker that waited for it when its load had ended: the lane, and the seconds of waiting counted before.
     timed : bool
         Whether its punctuality is known.
     victim : int
