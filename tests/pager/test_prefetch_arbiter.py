@@ -294,6 +294,17 @@ def test_thinking_is_charged_where_no_core_is_idle_and_then_done_one_time_in_so_
     assert asked(pager, PROBE) == PROBE
 
 
+def test_thinking_is_charged_where_demanded_loads_wait_for_its_end(segment: Segment) -> None:
+    pager = Pager(segment, predictors=("transitions",), io_threads=1)
+    for number in range(20):
+        pager.arbiter.loaded(9, 0.01, 0.02 * number, demanded=True)
+    pager.cores.thought = 0.015
+    pager.arbiter.proposals(0.4)
+    assert turned_down(pager) == set(), "half of the time none is under way"
+    pager.arbiter.proposals(0.4)
+    assert turned_down(pager) == {Predictor.TRANSITIONS}
+
+
 def test_workers_thinking_is_charged_whatever_the_cores_do(pager: Pager) -> None:
     pager.prefetch(3, Predictor.GATE, used=True)
     pager.arbiter.speculated(0.009)
@@ -340,7 +351,7 @@ def saved(pager: Pager, predictor: Predictor = Predictor.GATE) -> float:
     """Loads saved so far: by so many the workers' thinking may exceed them until the predictor is turned down."""
     spent = 0
     while not pager.arbiter.turned_down():
-        pager.arbiter.balance.speculated(predictor, 1e-4, 0.01)
+        pager.arbiter.balance.lost(predictor, 1e-4, 0.01)
         spent += 1
     return round((spent - 1) / 100, 1)
 

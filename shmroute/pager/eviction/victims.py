@@ -340,6 +340,11 @@ class Eviction:
         return int(self._placed[t.SEEN_TOTAL][key])
 
     @property
+    def observations(self) -> int:
+        """How often `observe` has found something new."""
+        return int(self._words[t.OBSERVATION])
+
+    @property
     def workers(self) -> int:
         """Workers under way, at least 1."""
         return int(self._words[t.WORKERS])

@@ -100,6 +100,8 @@ class Arbiter:
         self._threads = config.pager.io_threads
         self._demands: dict[int, tuple[int, int]] = {}  # of a layer: its clock at the last one, how many came then
         self._gone_for: dict[int, tuple[int, int]] = {}  # of experts that went for prefetches: those, and whose idea
+        self._looked_at = -1  # how much had been observed then
+        self._unjudged = False  # whether something may have been used that was observed before
         self._refused = np.zeros((len(Predictor), config.num_layers), np.int64)
         self._looked = np.full((len(Predictor), config.num_layers), -1, np.int64)
         self._scores = np.zeros(config.num_experts, np.float64)
@@ -121,8 +123,10 @@ class Arbiter:
         began = self._usage.thread_seconds()
         found = self._ask(asked, room, now)
         spent = (self._usage.thread_seconds() - began) / len(asked)
+        delays = self._usage.waiting_weight * min(self.spare.demanded(now) * self._threads, 1.0)  # loads under way
         for predictor in asked:
             self.balance.spent(predictor, spent, self.spare.load_seconds)
+            self.balance.lost(predictor, spent * delays, self.spare.load_seconds)
         return found
 
     def _is_asked(self, predictor: int) -> bool:
@@ -177,7 +181,7 @@ class Arbiter:
 
     def speculated(self, seconds: float) -> None:
         """Note that workers have speculated with the gate for so many seconds of CPU time."""
-        self.balance.speculated(Predictor.GATE, seconds, self.spare.load_seconds)
+        self.balance.lost(Predictor.GATE, seconds, self.spare.load_seconds)
 
     def turned_down(self) -> int:
         """Which predictors are turned down everywhere by now: the word that workers are to be told."""
@@ -221,6 +225,10 @@ class Arbiter:
 
     def look(self) -> None:
         """See what was used, after `Eviction.observe`."""
+        if self._eviction.observations == self._looked_at and not self._unjudged:
+            return
+        self._looked_at = self._eviction.observations
+        self._unjudged = False
         for key in list(self.record.pending):
             self._look(key)
 
@@ -228,6 +236,7 @@ class Arbiter:
         prefetched = self.record.pending[key]
         waited = self._waited_still(prefetched)
         if waited is None and not at_last:
+            self._unjudged = True
             return
         clock = int(self._eviction.clocks()[key // self._num_experts])
         if self.record.look(key, self._eviction.total(key), clock, self._eviction.workers):
@@ -260,6 +269,7 @@ class Arbiter:
         self.spare.loaded(seconds, now, demanded=demanded)
         if key in self.record:
             self.record.loaded(key, seconds)
+            self._unjudged = True
             prefetched = self.record.pending[key]
             prefetched.load_cpu = self._usage.load_cpu
             prefetched.waiters = tuple((lane, self._usage.waited(lane)) for lane in waiting)

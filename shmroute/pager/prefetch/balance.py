@@ -9,13 +9,14 @@ or after it went unused, that is a load more. Both are measured, not estimated, 
 about: long loads, bad guesses, few slots.
 
 *CPU time.* A load takes some, which a prefetch that is used gives back: it stands for the demand's load. Looking for
-proposals takes some, and so do the workers that speculate: those are kept from their own work, whatever cores are idle.
+proposals takes some.
 
 What either is worth depends on the cores (`usage`). Where none is idle, a worker that waits leaves its core to another,
 so that nothing is lost by waiting, and all CPU time is taken from the workers. Where cores are idle it is the other way
-round. A predictor pays as long as
+round. Some time is lost whatever the cores do: workers that speculate do nothing else meanwhile, and loads that are
+demanded wait while the pager thinks. A predictor pays as long as
 
-    weight of CPU · CPU time + workers' CPU time ≤ weight of waiting · waiting saved, or one load.
+    weight of CPU · CPU time + time lost ≤ weight of waiting · waiting saved, or one load.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MEMORY: Final = 64
 GRACE: Final = 1.0
 """Loads by which the costs may exceed the savings."""
 DEBT: Final = 16.0
-"""Loads by which workers' CPU time may exceed what is saved: from there a predictor must be able to come back."""
+"""Loads by which the time lost may exceed what is saved: from there a predictor must be able to come back."""
 
 
 class Balance:
@@ -48,7 +49,7 @@ class Balance:
         self._usage = usage
         self._seconds = np.zeros(len(Predictor))  # of waiting, saved
         self._cpu = np.zeros(len(Predictor))  # seconds of the pager's CPU time, spent
-        self._workers_cpu = np.zeros(len(Predictor))  # of the workers'
+        self._lost = np.zeros(len(Predictor))  # seconds, whatever the cores do
         self._load_seconds = 0.0
 
     def saved(self, predictor: int, load_seconds: float, seconds: float) -> None:
@@ -67,10 +68,10 @@ class Balance:
         """
         self._cpu[predictor] = min(max(self._cpu[predictor] + cpu_seconds, 0.0), MEMORY * load_seconds)
 
-    def speculated(self, predictor: int, cpu_seconds: float, load_seconds: float) -> None:
-        """Note that a predictor took CPU time of workers; a load takes so long."""
+    def lost(self, predictor: int, seconds: float, load_seconds: float) -> None:
+        """Note that workers have lost time by a predictor's thinking, whatever the cores do; a load takes so long."""
         most = self._worth_of_waiting(predictor) + DEBT * load_seconds
-        self._workers_cpu[predictor] = min(self._workers_cpu[predictor] + cpu_seconds, most)
+        self._lost[predictor] = min(self._lost[predictor] + seconds, most)
 
     def is_worth_it(self, predictor: int) -> bool:
         """Whether a predictor has saved what it cost, about, of waiting alone."""
@@ -78,13 +79,13 @@ class Balance:
 
     def pays(self, predictor: int, load_seconds: float) -> bool:
         """Whether a predictor's CPU time is worth what it saves, about; a load takes so long."""
-        costs = self._usage.cpu_weight * self._cpu[predictor] + self._workers_cpu[predictor]
+        costs = self._usage.cpu_weight * self._cpu[predictor] + self._lost[predictor]
         return bool(costs <= max(self._worth_of_waiting(predictor), GRACE * load_seconds))
 
     def _worth_of_waiting(self, predictor: int) -> float:
         return max(self._usage.waiting_weight * float(self._seconds[predictor]), 0.0)
 
     def _add(self, predictor: int, seconds: float) -> None:
-        for sums in (self._seconds, self._cpu, self._workers_cpu):
+        for sums in (self._seconds, self._cpu, self._lost):
             sums[predictor] -= sums[predictor] / MEMORY
         self._seconds[predictor] += seconds
