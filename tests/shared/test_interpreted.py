@@ -19,6 +19,7 @@ SUBSET = [
     "shared/test_lease_table.py",
     "shared/test_metrics.py",
     "shared/test_ring.py",
+    "shared/test_turned_down.py",
     "shared/test_words.py",
     "routing/test_choosing.py",
     "routing/test_grouping.py",
