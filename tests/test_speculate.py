@@ -15,7 +15,11 @@ from safetensors.numpy import save_file
 import shmroute
 from shmroute import PagerConfig, PagingPriority, Runtime, RuntimeConfig
 from shmroute.demo.recording import Recording
+from shmroute.pager.process import start_pager
+from shmroute.shared.layout import HEADER_OWNER, HEADER_TURNED_DOWN
+from shmroute.shared.metrics import Predictor
 from shmroute.shared.ring import ring_pop
+from shmroute.shared.turned_down import PROBE
 from shmroute.shared.words import request_speculative
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny-mixtral"
@@ -125,6 +129,96 @@ def test_where_the_settings_leave_no_place_for_it_nothing_is_asked_for(
 def test_what_is_no_hidden_state_is_refused(runtime: Runtime, bad: object, what: str) -> None:
     with pytest.raises(ValueError, match=rf"hidden must be finite float32 \[128\] or \[T, 128\], not .*{what}"):
         runtime.speculate(0, bad)  # type: ignore[arg-type]
+
+
+def turn_down(runtime: Runtime, word: int) -> None:
+    runtime._attachment.segment.write(HEADER_TURNED_DOWN, word)
+
+
+def test_while_the_gate_is_turned_down_workers_neither_think_nor_ask_but_for_probes(
+    runtime: Runtime, hidden: np.ndarray
+) -> None:
+    calls = []
+
+    def logits() -> np.ndarray:
+        calls.append(1)
+        return hidden[0, 3] @ runtime.gate(4).T
+
+    turn_down(runtime, 1 << Predictor.GATE)
+    asked = [runtime.expect(4, logits) for _ in range(PROBE)]
+    assert [bool(requests) for requests in asked] == [False] * (PROBE - 1) + [True]
+    assert len(calls) == 1
+    assert runtime.speculate(2, hidden[0, 2]) == []
+    assert runtime.metrics().total.counters["withheld"] == PROBE
+    turn_down(runtime, ~(1 << Predictor.GATE))  # all others
+    assert runtime.speculate(2, hidden[0, 2])
+
+
+def test_what_is_wrong_is_refused_whether_it_is_wanted_or_not(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match="logits must be finite"):
+        runtime.expect(4, lambda: np.zeros(7, np.float32))
+    turn_down(runtime, 1 << Predictor.GATE)
+    with pytest.raises(ValueError, match="hidden must be finite"):
+        runtime.speculate(0, np.zeros(7, np.float32))
+    with pytest.raises(ValueError, match="layer"):
+        runtime.expect(6, lambda: np.zeros(8, np.float32))
+
+
+def test_the_cpu_time_of_speculating_is_counted(runtime: Runtime, hidden: np.ndarray) -> None:
+    def logits() -> np.ndarray:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        return hidden[0, 3] @ runtime.gate(4).T
+
+    runtime.expect(4, logits)
+    counted = runtime.metrics().total.counters["speculating_ns"]
+    assert counted >= 20_000_000
+    turn_down(runtime, 1 << Predictor.GATE)
+    runtime.expect(4, logits)
+    assert runtime.metrics().total.counters["speculating_ns"] == counted
+
+
+@pytest.mark.parametrize("word", [-1, 1 << 62, 1 << Predictor.HINT], ids=hex)
+def test_nothing_but_speculation_depends_on_who_is_turned_down(word: int, hidden: np.ndarray) -> None:
+    with made(pager=True, tick=10.0) as runtime:  # so that the pager does not correct the word
+        turn_down(runtime, word)
+        assert runtime.prefetch(5, [1]) == 1
+        for layer in range(6):
+            decision = runtime.router(layer).route(runtime.gate(layer) @ hidden[0, layer])
+            runtime.speculate(layer, hidden[0, layer])
+            assert len([expert for expert, *_ in runtime.experts(layer, decision.experts)]) == 2
+
+
+def test_a_pager_tells_workers_whose_thinking_saves_nothing(hidden: np.ndarray) -> None:
+    config = RuntimeConfig.from_checkpoint(CHECKPOINT, "100%", pager=PagerConfig(tick=0.05))
+    with shmroute.create(unique_name(), config, pager=True, progress=None) as runtime:
+        for layer in range(6):
+            for expert in range(8):
+                with runtime.expert(layer, expert):
+                    pass  # now there is nothing left to foresee
+        deadline = time.monotonic() + 60
+        while not runtime.metrics().total.counters["withheld"] and time.monotonic() < deadline:
+            runtime.speculate(0, hidden[0, 0])
+        counters = runtime.metrics().total.counters
+        assert counters["withheld"] > 0
+        assert counters["speculating_ns"] > 0
+
+
+def test_a_dead_pager_leaves_who_is_turned_down_and_its_successor_begins_anew(hidden: np.ndarray) -> None:
+    with made(pager=True) as runtime:
+        segment = runtime._attachment.segment
+        assert runtime._pager is not None
+        runtime._pager.kill()
+        runtime._pager.wait()
+        turn_down(runtime, 1 << Predictor.GATE)
+        assert runtime.speculate(2, hidden[0, 2]) == []
+        assert segment.read(HEADER_TURNED_DOWN) == 1 << Predictor.GATE
+        runtime._pager = start_pager(segment, segment.read(HEADER_OWNER))
+        deadline = time.monotonic() + 20
+        while segment.read(HEADER_TURNED_DOWN) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert runtime.speculate(2, hidden[0, 2])
 
 
 def test_a_live_pager_counts_what_becomes_of_each_predictors_prefetches(hidden: np.ndarray) -> None:

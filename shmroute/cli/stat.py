@@ -22,10 +22,19 @@ from shmroute.cli.output import console, human_bytes, human_duration, human_shar
 from shmroute.lifecycle import report_compilation
 from shmroute.metrics import read_metrics
 from shmroute.shared.kernel import load_kernels
-from shmroute.shared.layout import BONUS_CONTROL, BONUS_MEASURED, LANE_CURSOR, LANE_WAIT, LINE, SLOT_HEADER_BYTES
-from shmroute.shared.metrics import snapshot_words
+from shmroute.shared.layout import (
+    BONUS_CONTROL,
+    BONUS_MEASURED,
+    HEADER_TURNED_DOWN,
+    LANE_CURSOR,
+    LANE_WAIT,
+    LINE,
+    SLOT_HEADER_BYTES,
+)
+from shmroute.shared.metrics import Predictor, snapshot_words
 from shmroute.shared.removal import is_published
 from shmroute.shared.segment import Segment, attach_segment
+from shmroute.shared.turned_down import is_turned_down
 from shmroute.shared.words import (
     FAILED,
     LOADING,
@@ -104,6 +113,8 @@ def stat(
 
     pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, load (as route), prefetch_accuracy
     (useful of the completed) and predictors (of each: issued, completed, useful, wasted, overtaken, cancelled);
+
+    turned_down: predictors that cost more than they save as things are: workers have withheld so many speculations;
 
     layers: layer, number (in the model), resident, requested, loading, failed, leased (experts), bonus; with
     a quality budget spent (of late, for each token, or null) and adjustments (of the bonus).
@@ -201,9 +212,16 @@ def snapshot(segment: Segment) -> dict[str, Any]:
         "workers": workers,
         "total": {key: value for key, value in metrics.total.as_dict().items() if key not in ("lane", "pid")},
         "hit_rate": metrics.hit_rate,
+        "turned_down": _turned_down(segment),
         "pager_counters": {key: value for key, value in metrics.pager.as_dict().items() if key != "pid"},
         "layers": layers,
     }
+
+
+def _turned_down(segment: Segment) -> list[str]:
+    """The predictors that the pager has turned down."""
+    word = segment.read(HEADER_TURNED_DOWN)
+    return [predictor.name.lower() for predictor in Predictor if is_turned_down(word, predictor)]
 
 
 def _layer(segment: Segment, layer: int) -> dict[str, Any]:
@@ -275,7 +293,9 @@ def _summary(shot: dict[str, Any]) -> Table:
         f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors"
         + f", {total['recorded']} recorded, {total['unrecorded']} dropped"
         * (total["recorded"] + total["unrecorded"] > 0),
-        "prefetches": _prefetches(pager["predictors"], pager["prefetch_accuracy"]),
+        "prefetches": _prefetches(pager["predictors"], pager["prefetch_accuracy"])
+        + f"; turned down now: {', '.join(shot['turned_down'])}" * bool(shot["turned_down"])
+        + f"; {total['withheld']} speculations withheld" * bool(total["withheld"]),
         "pager": f"{pager['loads']} loads ({pager['prefetches']} prefetched, {pager['failures']} failed), "
         f"{human_bytes(pager['bytes_read'])} read, p50 {human_duration(load['p50_us'])} "
         f"p99 {human_duration(load['p99_us'])}, {pager['evictions']} evictions, {pager['queued']} queued, "

@@ -19,8 +19,10 @@ from shmroute.cli.output import human_bytes, human_duration
 from shmroute.cli.stat import with_interval
 from shmroute.config import RouterConfig
 from shmroute.lifecycle import create
+from shmroute.shared.atomic import WORD
 from shmroute.shared.lanes import lane_identities
-from shmroute.shared.layout import LANE_WAIT
+from shmroute.shared.layout import HEADER_TURNED_DOWN, LANE_SHARD, LANE_WAIT
+from shmroute.shared.metrics import LaneCounter, Predictor
 from shmroute.shared.words import pack_wait
 
 
@@ -61,6 +63,18 @@ def test_a_quality_budget_is_shown_with_what_each_layer_spends(cli):
     assert layer["adjustments"] >= 10
     assert layer["spent"] == pytest.approx(0.05, rel=0.5)
     assert layer["bonus"] != 0.15
+
+
+def test_predictors_that_are_turned_down_are_shown_with_what_workers_withheld(cli, segment, name):
+    assert json.loads(cli("stat", name, "--json").stdout)["turned_down"] == []
+    assert "turned down" not in cli("stat", name).stdout
+    segment.write(HEADER_TURNED_DOWN, 1 << Predictor.GATE | 1 << Predictor.TRANSITIONS)
+    segment.write(segment.layout.lane(0) + LANE_SHARD + LaneCounter.WITHHELD * WORD, 17)
+    shot = json.loads(cli("stat", name, "--json").stdout)
+    assert shot["turned_down"] == ["transitions", "gate"]
+    assert shot["total"]["withheld"] == 17
+    shown = re.sub(r"\s+", " ", cli("stat", name).stdout)
+    assert "turned down now: transitions, gate; 17 speculations withheld" in shown
 
 
 def test_every_key_is_in_the_help(cli, segment, name):
