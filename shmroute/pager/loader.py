@@ -47,7 +47,7 @@ class Load:
     refused : bool
         Its expert was not requested any more when a thread came to it.
     checksum : int
-        xxh3 of the bytes, as a signed 64-bit word that is never 0.
+        xxh3 of the bytes in the order in which they were read, as a signed 64-bit word that is never 0.
     error : BaseException or None
     followed_by : Load or None
         What was to be loaded next when this one ended.
@@ -69,10 +69,36 @@ class Load:
     followed_by: Load | None = None
 
 
-def checksum_word(buffer: memoryview) -> int:
-    """xxh3-64 of some bytes as a signed word; 0 (which means "not known yet") is mapped to 1."""
-    digest = xxhash.xxh3_64_intdigest(buffer) or 1
-    return digest - (1 << 64) if digest >> 63 else digest
+class Checksum:
+    """xxh3-64 of the parts of a buffer, taken as they are filled.
+
+    Parameters
+    ----------
+    buffer : memoryview
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self._digest = xxhash.xxh3_64()
+        self._length = 0
+
+    def add(self, begin: int, end: int) -> None:
+        """Take in a part."""
+        self._digest.update(self._buffer[begin:end])
+        self._length += end - begin
+
+    def word(self) -> int:
+        """The digest as a signed word; 0 (which means "not known yet") is mapped to 1.
+
+        Raises
+        ------
+        ValueError
+            If the parts do not make up the buffer.
+        """
+        if self._length != len(self._buffer):
+            raise ValueError(f"the source told of {self._length} bytes of the {len(self._buffer)} that it filled")
+        digest = self._digest.intdigest() or 1
+        return digest - (1 << 64) if digest >> 63 else digest
 
 
 class Loader:
@@ -224,8 +250,9 @@ class Loader:
     def _carry_out(self, load: Load) -> None:
         try:
             if self._begin(load):
-                self._source.read_into(load.layer, load.expert, load.buffer)
-                load.checksum = checksum_word(load.buffer)
+                checksum = Checksum(load.buffer)
+                self._source.read_into(load.layer, load.expert, load.buffer, checksum.add)
+                load.checksum = checksum.word()
             else:
                 load.refused = True
         except BaseException as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the thread
