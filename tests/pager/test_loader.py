@@ -55,7 +55,7 @@ def loader_of(
     most: int = 0,
     drop: bool = True,
     begin: Callable[[Load], bool] = lambda load: True,
-    when_done: Callable[[], None] = lambda: None,
+    when_done: Callable[[Load], None] = lambda load: None,
 ) -> Loader:
     return Loader(source, threads, most, drop, begin, when_done)
 
@@ -78,8 +78,9 @@ def collect(loader: Loader, count: int) -> list[Load]:
 
 
 def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
-    source, called = Source(), []
-    loader = loader_of(source, when_done=lambda: called.append(1))
+    source = Source()
+    called: list[Load] = []
+    loader = loader_of(source, when_done=called.append)
     loader.submit(load_of(source, 1, 0))
     assert loader.in_flight == 1
     (load,) = collect(loader, 1)
@@ -91,7 +92,7 @@ def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
     assert 0 < load.began_ns <= load.ended_ns
     loader.close()
     assert source.dropped == [(1, 0)]
-    assert called == [1]
+    assert called == [load]
 
 
 def test_pages_are_dropped_only_if_asked() -> None:
