@@ -94,7 +94,7 @@ class Pager:
         powers = power_table(segment.config.affinity.decay)
         self._slots = Slots(segment, self._table, powers)
         self._queue = LoadQueue()
-        self._usage = MeasuredUsage(segment)
+        self._usage = MeasuredUsage(segment) if self._settings.prefetch else None
         self._prefetch = Arbiter(segment, self._slots.eviction, self._count_outcome, self._usage)
         self._slots.when_evicted = self._prefetch.evicted
         self._asked_by: dict[int, int] = {}
@@ -424,8 +424,9 @@ class Pager:
         self._table.rebuild_bitmaps()
         for key in self._queue.stale_prefetches(now - self._settings.prefetch_stale):
             self._drop_prefetch(key)
-        self._prefetch.speculated(self._usage.look())
-        tell(self._segment.address + HEADER_TURNED_DOWN, self._prefetch.turned_down())
+        if self._usage is not None:
+            self._prefetch.speculated(self._usage.look())
+            tell(self._segment.address + HEADER_TURNED_DOWN, self._prefetch.turned_down())
 
     def _drop_prefetch(self, key: int) -> None:
         """Cancel a queued prefetch, unless somebody demands it by now."""

@@ -39,6 +39,7 @@ import posix_ipc
 
 import shmroute.attachment
 import shmroute.lifecycle
+import shmroute.pager.prefetch.usage
 import shmroute.pager.process
 import shmroute.pager_lock
 import shmroute.runtime
@@ -318,7 +319,8 @@ class Host:
         self._stand_ins: list[tuple[Any, Any]] = [
             (time, StandIn(
                 time, monotonic=self._now, monotonic_ns=self._now_ns, time=self._now, sleep=self._sleep,
-                perf_counter=self._now, clock_gettime_ns=lambda clock: self._now_ns(),
+                perf_counter=self._now, clock_gettime_ns=lambda clock: self._now_ns(), thread_time=self._now,
+                thread_time_ns=self._now_ns, process_time_ns=self._now_ns,
             )),
             (threading, StandIn(
                 threading, Lock=lambda: Lock(self, False), RLock=lambda: Lock(self, True),
@@ -342,6 +344,7 @@ class Host:
             (shmroute.shared.segment.SHM, SharedPath(_folder)),
             (shmroute.shared.identity.process_stat, self._process_stat),
             (shmroute.shared.experts.monotonic_ns, self._now_ns),
+            (shmroute.pager.prefetch.usage.STAT, _folder / "no-stat"),  # whether cores idle is not told
             (shmroute.attachment._registry, PerProcess(self, dict)),
             (shmroute.attachment._registry_mutex, PerProcess(self, lambda: Lock(self, True))),
             (shmroute.pager_lock._held_here, PerProcess(self, set)),

@@ -379,6 +379,14 @@ def test_a_prefetch_is_judged_when_the_wait_for_it_was_counted_or_it_goes(pager:
     assert pager.outcomes(Predictor.GATE) == {"issued": 2, "completed": 2, "useful": 1, "wasted": 1}
 
 
+def test_a_hint_is_not_judged_by_what_it_saves(segment: Segment) -> None:
+    pager = Pager(segment, prefetch=0)
+    pager.arbiter.asked(3, Predictor.HINT, 0.0)
+    pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=[0])
+    pager.route(0, 3)
+    assert pager.outcomes(Predictor.HINT) == {"issued": 1, "completed": 1, "useful": 1}
+
+
 @pytest.mark.parametrize(("threads", "loads"), [(1, 4.0), (2, 1.0)])
 def test_a_load_that_would_have_run_beside_another_of_the_same_token_saves_nothing(
     segment: Segment, threads: int, loads: float

@@ -272,7 +272,8 @@ class Arbiter:
             self._unjudged = True
             prefetched = self.record.pending[key]
             prefetched.load_cpu = self._usage.load_cpu
-            prefetched.waiters = tuple((lane, self._usage.waited(lane)) for lane in waiting)
+            if prefetched.predictor != Predictor.HINT:
+                prefetched.waiters = tuple((lane, self._usage.waited(lane)) for lane in waiting)
             self.balance.spent(prefetched.predictor, prefetched.load_cpu, self.spare.load_seconds)
 
     def demanded(self, key: int) -> None:

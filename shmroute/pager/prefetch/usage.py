@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from shmroute.shared.atomic import WORD
 from shmroute.shared.layout import LANE_SHARD
-from shmroute.shared.metrics import LaneCounter, PagerCounter, snapshot_words
+from shmroute.shared.metrics import LaneCounter, PagerCounter
 from shmroute.shared.segment import Segment
 
 SHORTEST: Final = 0.1
@@ -152,9 +152,8 @@ class MeasuredUsage:
 
     def _read_counts(self) -> npt.NDArray[np.int64]:
         segment, layout = self._segment, self._segment.layout
-        shards = range(segment.config.max_workers)
-        lanes = [snapshot_words(segment.address + layout.lane(lane) + LANE_SHARD, len(LaneCounter)) for lane in shards]
-        waited, speculated = (sum(int(lane[word]) for lane in lanes) for word in _OF_LANES)
+        shards = [layout.lane(lane) + LANE_SHARD for lane in range(segment.config.max_workers)]
+        waited, speculated = (sum(segment.read(shard + word * WORD) for shard in shards) for word in _OF_LANES)
         loads = segment.read(layout.pager + PagerCounter.LOADS * WORD)
         return np.array((waited, speculated, time.process_time_ns(), loads), np.int64)
 
