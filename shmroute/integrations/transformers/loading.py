@@ -52,7 +52,8 @@ def load(
         Seconds that a forward pass may wait for an expert.
     speculate : bool
         Ask ahead for what the next layer's gate says of each layer's hidden states (`Runtime.expect`). That takes time
-        of the worker and of the pager: it pays where loads are slow and cores idle, and costs where cores are busy.
+        of the worker and of the pager: it pays where loads are slow and cores idle. Where it does not, the pager turns
+        it down, and all that is left of the cost is to look whether it still is.
 
     Returns
     -------

@@ -260,7 +260,7 @@ class Arbiter:
         layer, expert = divmod(key, self._num_experts)
         at, misses = self._demands.get(layer, (0, 0))
         used_at = high32(read_word(self._tables.address + self._tables.layout.affinity(layer, expert)))
-        if not misses or (abs(used_at - at) & LOW32) >= self._eviction.workers:
+        if not misses or min((used_at - at) & LOW32, (at - used_at) & LOW32) >= self._eviction.workers:
             return 1.0
         return max((misses + 1) / self._threads, 1.0) - max(misses / self._threads, 1.0)
 
