@@ -16,7 +16,9 @@ import transformers
 from family_models import FAMILIES, SHIPPED, stock
 
 import shmroute
+import shmroute.speculation
 from shmroute.integrations.transformers import SUPPORTED_FAMILIES, load
+from shmroute.integrations.transformers.routing import SharedRouting
 
 TOLERANCE = 1e-5
 PROMPT = "In the beginning God created the heaven and the earth"
@@ -147,3 +149,16 @@ def test_the_next_layers_gate_asks_ahead(runtime_of: Callable[..., Any]) -> None
     assert runtime.metrics().pager.predictors["gate"]["issued"] == 0
     model.generate(tokens(1, 4), max_new_tokens=48, do_sample=False)
     assert runtime.metrics().pager.predictors["gate"]["issued"] > 0
+
+
+@pytest.mark.parametrize(("withheld", "products"), [(True, 6), (False, 11)])
+def test_a_gates_product_is_computed_ahead_only_if_it_is_wanted(
+    runtime_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, withheld: bool, products: int
+) -> None:
+    model = load(SHIPPED, runtime_of(SHIPPED, budget="50%", predictors=("gate",)), speculate=True)
+    computed: list[SharedRouting] = []
+    product = SharedRouting.logits
+    monkeypatch.setattr(shmroute.speculation, "withholds", lambda *_: withheld)
+    monkeypatch.setattr(SharedRouting, "logits", lambda self, hidden: computed.append(self) or product(self, hidden))
+    logits(model, tokens(1, 1))
+    assert len(computed) == products
