@@ -291,6 +291,7 @@ def test_thinking_is_charged_where_no_core_is_idle_and_then_done_one_time_in_so_
     pager.cores.thought = 0.0
     assert asked(pager, 10 * PROBE) == 10
     pager.cores.idle()
+    assert turned_down(pager) == set()
     assert asked(pager, PROBE) == PROBE
 
 

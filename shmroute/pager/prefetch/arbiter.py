@@ -96,7 +96,7 @@ class Arbiter:
         self._usage = IdleCores() if usage is None else usage
         self.balance = Balance(self._usage)
         self._told = 0  # the word by which workers know who is turned down
-        self._passed_over = np.zeros(len(Predictor), np.int64)
+        self._paying, self._turn = self._asked_by_pager, 0
         self._threads = config.pager.io_threads
         self._demands: dict[int, tuple[int, int]] = {}  # of a layer: its clock at the last one, how many came then
         self._gone_for: dict[int, tuple[int, int]] = {}  # of experts that went for prefetches: those, and whose idea
@@ -114,11 +114,11 @@ class Arbiter:
 
         To be called when nothing is demanded, after `Eviction.observe`.
         """
-        room = self._budget - self.record.queued
-        if room <= 0 or not self._asked_by_pager or self.spare.spare(now) <= 0:
-            return []
-        asked = [predictor for predictor in self._asked_by_pager if self._is_asked(predictor)]
+        asked = self._asked_now()
         if not asked:
+            return []
+        room = self._budget - self.record.queued
+        if room <= 0 or self.spare.spare(now) <= 0:
             return []
         began = self._usage.thread_seconds()
         found = self._ask(asked, room, now)
@@ -129,12 +129,12 @@ class Arbiter:
             self.balance.lost(predictor, spent * delays, self.spare.load_seconds)
         return found
 
-    def _is_asked(self, predictor: int) -> bool:
-        """Whether a predictor of the pager's own is asked now: its thinking pays, or this is a probe."""
-        if self.balance.pays(predictor, self.spare.load_seconds):
-            return True
-        self._passed_over[predictor] += 1
-        return bool(self._passed_over[predictor] % PROBE == 0)
+    def _asked_now(self) -> Sequence[Predictor]:
+        """The pager's own predictors whose thinking paid when that was last looked at; all of them, if this is a probe."""
+        if len(self._paying) == len(self._asked_by_pager):
+            return self._paying
+        self._turn += 1
+        return self._paying if self._turn % PROBE else self._asked_by_pager
 
     def _ask(self, asked: Sequence[Predictor], room: int, now: float) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
@@ -184,11 +184,13 @@ class Arbiter:
         self.balance.lost(Predictor.GATE, seconds, self.spare.load_seconds)
 
     def turned_down(self) -> int:
-        """Which predictors are turned down everywhere by now: the word that workers are to be told."""
+        """Look which predictors are turned down everywhere: the word that workers are to be told."""
+        paying = {one for one in self._honoured if self.balance.pays(one, self.spare.load_seconds)}
+        self._paying = [predictor for predictor in self._asked_by_pager if predictor in paying]
         self._told = sum(
             1 << predictor
             for predictor in self._honoured - {Predictor.HINT}
-            if not (self.balance.is_worth_it(predictor) and self.balance.pays(predictor, self.spare.load_seconds))
+            if predictor not in paying or not self.balance.is_worth_it(predictor)
         )
         return self._told
 
@@ -278,10 +280,11 @@ class Arbiter:
 
     def demanded(self, key: int) -> None:
         """Note that an expert is demanded that is not there."""
-        layer = key // self._num_experts
-        clock = read_word(self._tables.address + self._tables.layout.clock + layer * LINE) & LOW32
-        at, misses = self._demands.get(layer, (clock, 0))
-        self._demands[layer] = clock, misses + 1 if at == clock else 1
+        if self._budget:
+            layer = key // self._num_experts
+            clock = read_word(self._tables.address + self._tables.layout.clock + layer * LINE) & LOW32
+            at, misses = self._demands.get(layer, (clock, 0))
+            self._demands[layer] = clock, misses + 1 if at == clock else 1
         predictor, came = self._gone_for.pop(key, (-1, -1))
         if predictor >= 0:
             share = 1.0 if came in self.record else GONE_ANYWAY
