@@ -130,7 +130,7 @@ class Arbiter:
         return found
 
     def _asked_now(self) -> Sequence[Predictor]:
-        """The pager's own predictors whose thinking paid when that was last looked at; all of them, if this is a probe."""
+        """The pager's own predictors whose thinking paid when that was last looked at; all, if this is a probe."""
         if len(self._paying) == len(self._asked_by_pager):
             return self._paying
         self._turn += 1
