@@ -143,10 +143,10 @@ class Loader:
         self._done: deque[Load] = deque()
         self._loads: dict[int, Load] = {}
         self._most = max(most, 2 * threads)
-        self._pace = 0.0  # seconds that the last load took
         self._threads = [
             threading.Thread(target=self._work, name=f"shmroute-io-{i}", daemon=True) for i in range(threads)
         ]
+        self._pace(0.0)
         for thread in self._threads:
             thread.start()
 
@@ -173,10 +173,10 @@ class Loader:
         """Whether so few loads wait for a thread that it is time for more, if there are any."""
         return len(self._waiting) <= (self._capacity - len(self._threads)) // 2
 
-    @property
-    def _capacity(self) -> int:
-        at_hand = min(max(int(AT_HAND / self._pace), 1), MOST_AT_HAND) if self._pace else 1
-        return min((1 + at_hand) * len(self._threads), self._most)
+    def _pace(self, seconds: float) -> None:
+        """Have as many loads at hand as suits loads of some duration."""
+        at_hand = min(max(int(AT_HAND / seconds), 1), MOST_AT_HAND) if seconds else 1
+        self._capacity = min((1 + at_hand) * len(self._threads), self._most)
 
     def submit(self, load: Load) -> None:
         """Have a load done, before those of lower priority that no thread has come to. There is `room`."""
@@ -251,7 +251,7 @@ class Loader:
             self._carry_out(load)
             load.ended_ns = time.monotonic_ns()
             if load.error is None and not load.refused:
-                self._pace = (load.ended_ns - load.began_ns) / 1e9
+                self._pace((load.ended_ns - load.began_ns) / 1e9)
             with contextlib.suppress(IndexError):
                 load.followed_by = self._waiting[0]
             self._done.append(load)

@@ -196,7 +196,7 @@ def test_quick_loads_are_at_hand_in_numbers() -> None:
     loader = loader_of(Source(), 2, most=24)
     rooms = []
     for pace in (0.0, 2 * AT_HAND, AT_HAND / 4, AT_HAND / 8, AT_HAND / 1000):
-        loader._pace = pace
+        loader._pace(pace)
         rooms.append(loader.room)
     assert rooms == [4, 4, 10, 18, 24]
     loader.close()
