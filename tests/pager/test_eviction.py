@@ -300,14 +300,15 @@ def test_tokens_seen_at_once_count_as_if_spread_evenly(segment: Segment, make: M
 
 
 def test_the_odds_rise_with_use_and_with_its_freshness() -> None:
-    def tokens(fast: float, slow: float, age: int, workers: int = 1) -> float:
+    def tokens(fast: float, slow: float, age: int, workers: int = 1, lift: float = 1.0) -> float:
         factors = rank_factor(LAST_TOKEN_GAIN, workers), rank_factor(TOKEN_BEFORE_GAIN, workers)
-        return tokens_until_use(rank_by_odds(fast, slow, age, workers, 0.1, *factors), 0.1)
+        return tokens_until_use(rank_by_odds(fast, slow, age, lift, workers, 0.1, *factors), 0.1)
 
     assert tokens(0.2, 0.1, 5) < tokens(0.1, 0.1, 5)
     assert tokens(0.1, 0.2, 5) < tokens(0.1, 0.1, 5)
     assert tokens(0.1, 0.1, 0) < tokens(0.1, 0.1, 1) < tokens(0.1, 0.1, 2) == tokens(0.1, 0.1, 3)
     assert tokens(0.1, 0.1, 0) < tokens(0.1, 0.1, 3, workers=4) < tokens(0.1, 0.1, 99)
+    assert tokens(0.1, 0.1, 5, lift=2.0) < tokens(0.1, 0.1, 5) < tokens(0.1, 0.1, 5, lift=0.5)
     assert tokens(0.0, 0.0, 99) < 1e4  # never seen is not impossible
 
 

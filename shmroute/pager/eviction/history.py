@@ -26,6 +26,14 @@ from typing import Final
 
 from numba import types
 
+from shmroute.pager.eviction.next_token import (
+    NO_TOKEN,
+    SEVERAL_TOKENS,
+    forget_lane,
+    forget_token,
+    learn_token,
+    new_token_at,
+)
 from shmroute.pager.eviction.next_use import LAST_TOKEN_GAIN, TOKEN_BEFORE_GAIN, rank_factor
 from shmroute.pager.eviction.table import (
     AHEAD,
@@ -45,6 +53,8 @@ from shmroute.pager.eviction.table import (
     NUMBERS,
     OBSERVATION,
     OUTDATED,
+    PASSED_BY,
+    PASSES,
     PRIOR,
     SEEN_CLOCK,
     SEEN_CURSOR,
@@ -53,6 +63,7 @@ from shmroute.pager.eviction.table import (
     TABLE_WORDS,
     TICKS,
     TOKEN_BEFORE,
+    TOP_K,
     USE_ROW_BYTES,
     USES,
     WORKERS,
@@ -100,10 +111,12 @@ def observe_workers(table: int, ticks: int) -> None:
     words = i64_array(table, TABLE_WORDS)
     layers, lanes = words[NUM_LAYERS], words[MAX_WORKERS]
     ahead = i64_array(words[AHEAD], layers)
+    passes, passed_by = i64_array(words[PASSES], layers), i64_array(words[PASSED_BY], layers)
     cursors, moved_at = i64_array(words[SEEN_CURSOR], lanes), i64_array(words[MOVED_AT], lanes)
     words[TICKS] += ticks
     for layer in range(layers):
         ahead[layer] = layers
+        passes[layer] = 0
     workers, patience = 0, IDLE_CYCLES * layers * max(words[WORKERS], 1)
     for lane in range(lanes):
         address = words[LANES] + lane * words[LANE_BYTES]
@@ -111,11 +124,18 @@ def observe_workers(table: int, ticks: int) -> None:
         if identity_state(load(address + LANE_IDENTITY)) == NOBODY or cursor < 0 or cursor >= layers:
             moved_at[lane] = NEVER
             cursors[lane] = cursor
+            forget_lane(table, lane)
             continue
         if cursor != cursors[lane]:
+            steps = (cursor - cursors[lane]) % layers if moved_at[lane] != NEVER else 1
+            for step in range(steps):
+                layer = (cursor - step) % layers
+                passes[layer] += 1
+                passed_by[layer] = lane
             cursors[lane] = cursor
             moved_at[lane] = words[TICKS]
         if moved_at[lane] == NEVER or words[TICKS] - moved_at[lane] > patience:
+            forget_lane(table, lane)
             continue
         workers += 1
         for layer in range(layers):
@@ -127,6 +147,26 @@ def observe_workers(table: int, ticks: int) -> None:
     numbers = f64_array(words[NUMBERS], 4)
     numbers[LAST_TOKEN] = rank_factor(LAST_TOKEN_GAIN, words[WORKERS])
     numbers[TOKEN_BEFORE] = rank_factor(TOKEN_BEFORE_GAIN, words[WORKERS])
+
+
+@inner
+def observe_tokens(table: int) -> None:
+    """Learn from the layers in which one token was routed and one lane passed; forget what cannot be told."""
+    words = i64_array(table, TABLE_WORDS)
+    layers, lanes = words[NUM_LAYERS], words[MAX_WORKERS]
+    passes, passed_by = i64_array(words[PASSES], layers), i64_array(words[PASSED_BY], layers)
+    for layer in range(layers):
+        new = i64_array(new_token_at(table, layer), 1)
+        if new[0] == NO_TOKEN:
+            continue
+        if passes[layer] != 1:
+            for lane in range(lanes):
+                forget_token(table, lane, layer)
+        elif new[0] == SEVERAL_TOKENS:
+            forget_token(table, passed_by[layer], layer)
+        else:
+            learn_token(table, passed_by[layer], layer)
+        new[0] = NO_TOKEN
 
 
 @inner
@@ -154,6 +194,8 @@ def observe_history(table: int) -> None:
         keep_fast, keep_slow = (1 - FAST_RATE / words[WORKERS]) ** ticks, (1 - SLOW_RATE) ** ticks
         gain_fast, gain_slow = (1 - keep_fast) / ticks, (1 - keep_slow) / ticks
         row = words[USES] + layer * words[USE_ROW_BYTES]
+        new = i64_array(new_token_at(table, layer), 1 + words[TOP_K])
+        found = 0
         for expert in range(experts):
             key = layer * experts + expert
             total = load(row + expert * USE_BYTES + USE_ACTIVATIONS)
@@ -163,8 +205,13 @@ def observe_history(table: int) -> None:
             slow[key] = slow[key] * keep_slow + uses * gain_slow
             if uses > 0:
                 last_used[key] = words[OBSERVATION]
+                if found < words[TOP_K]:
+                    found += 1
+                    new[found] = expert
+        new[0] = found if ticks == 1 else SEVERAL_TOKENS
     if seen > 0:
         observe_workers(table, seen)
+        observe_tokens(table)
 
 
 @inner

@@ -12,11 +12,12 @@ the future. d is the same for all experts of a layer, so `victims` adds it.
 
 *The probability.* The odds are a product of powers, that is, linear in logarithms:
 
-    p / (1 - p) = (fast · slow²)^a · (1 + c / W)
+    p / (1 - p) = (fast · slow²)^a · (1 + c / W) · lift^2a
 
-with the expert's shares of the latest tokens and of many (`history`), and c > 0 if a worker's last token used it, less
-if the one before did: the next token is that worker's once in W times. The numbers were fitted on recorded routing of
-five models: many settings around them do as well, on either half of each trace.
+with the expert's shares of the latest tokens and of many (`history`); c > 0 if a worker's last token used it, less
+if the one before did: the next token is that worker's once in W times; and the lift that the other experts of the
+workers' last tokens give it (`next_token`). The numbers were fitted on recorded routing of five models: many settings
+around them do as well, on either half of each trace.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from shmroute.shared.kernel import inner
 
 SHARES_POWER: Final = 0.2
 """Power of the product ``fast · slow²`` in the odds."""
-LAST_TOKEN_GAIN: Final = 1.0
+LAST_TOKEN_GAIN: Final = 0.5
 """By how much, in proportion, the odds rise for an expert that the last token used."""
-TOKEN_BEFORE_GAIN: Final = 0.2
+TOKEN_BEFORE_GAIN: Final = 0.1
 """Likewise for the token before it."""
 FLOOR: Final = 0.01
 """Added to both shares, in units of k / E: never seen is not impossible."""
@@ -46,7 +47,7 @@ def rank_factor(gain: float, workers: int) -> float:
 
 @inner
 def rank_by_odds(
-    fast: float, slow: float, age: int, workers: int, prior: float, last_token: float, token_before: float
+    fast: float, slow: float, age: int, lift: float, workers: int, prior: float, last_token: float, token_before: float
 ) -> float:
     """A number that grows with the odds that a token uses an expert: these to the power of 1 / `SHARES_POWER`.
 
@@ -56,6 +57,8 @@ def rank_by_odds(
         Its shares of the latest tokens and of many.
     age : int
         Ticks of its layer since its last use.
+    lift : float
+        By what the workers' last tokens multiply its probability.
     workers : int
         How many are under way: each one's last token counts as the last.
     prior : float
@@ -64,7 +67,7 @@ def rank_by_odds(
         `rank_factor` of the gains.
     """
     floor = FLOOR * prior
-    rank = (fast + floor) * (slow + floor) * (slow + floor)
+    rank = (fast + floor) * (slow + floor) * (slow + floor) * lift * lift
     if age < workers:
         rank *= last_token
     elif age < 2 * workers:

@@ -58,7 +58,19 @@ VACATED: Final = 33  # slot of what was evicted last
 RESIDENT: Final = 34
 RESIDENT_ROW_BYTES: Final = 35
 
-TABLE_WORDS: Final = 36
+# Of one token and the next (`next_token`).
+TOP_K: Final = 36
+FOLLOWED_BY: Final = 37  # float32, for each key [E]: uses by tokens that followed one with it
+FOLLOWED: Final = 38  # float64, by key: tokens that followed one with it
+RAISED: Final = 39  # float64, by key: the sum of all lanes' RAISED_BY
+RAISED_BY: Final = 40  # float32 [lanes, L, E]: by what the lane's last token raises a probability, in proportion
+LAST_TOKENS: Final = 41  # int64 [lanes, L, 1 + k]: what the lane's last token used; 0 if that is not known
+NEW_TOKENS: Final = 42  # int64 [L, 1 + k]: what the one new token used, or NO_TOKEN or SEVERAL_TOKENS
+PASSES: Final = 43  # int64 [L]: lanes that passed since the last observation
+PASSED_BY: Final = 44  # int64 [L]: the last of them
+KNOWN: Final = 45  # int64 [lanes]: 1 if some last token of the lane is known
+
+TABLE_WORDS: Final = 46
 
 # Of the numbers.
 BOOST: Final = 0  # affinity of an activation

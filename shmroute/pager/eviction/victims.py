@@ -29,6 +29,7 @@ from shmroute.pager.eviction.frequency import (
     least_frequently_used,
 )
 from shmroute.pager.eviction.history import begin, note_load, observe
+from shmroute.pager.eviction.next_token import MOST_PAIRS, NO_TOKEN, lift_of
 from shmroute.pager.eviction.next_use import (
     LAST_TOKEN_GAIN,
     TOKEN_BEFORE_GAIN,
@@ -111,7 +112,7 @@ def worth_of(table: int, key: int) -> float:
         numbers = f64_array(words[t.NUMBERS], 4)
         return rank_by_odds(
             f64_array(words[t.FAST], size)[key], f64_array(words[t.SLOW], size)[key], last_use(table, key),
-            words[t.WORKERS], numbers[t.PRIOR], numbers[t.LAST_TOKEN], numbers[t.TOKEN_BEFORE],
+            lift_of(table, key), words[t.WORKERS], numbers[t.PRIOR], numbers[t.LAST_TOKEN], numbers[t.TOKEN_BEFORE],
         )  # fmt: skip
     if policy == names.AFFINITY:
         return affinity_of(table, key)
@@ -294,7 +295,7 @@ class Eviction:
         config, layout, base = tables.config, tables.layout, tables.address
         layers, experts, lanes = config.num_layers, config.num_experts, config.max_workers
         self._powers = powers
-        self._placed: dict[int, npt.NDArray[np.int64] | npt.NDArray[np.float64]] = {}
+        self._placed: dict[int, npt.NDArray[np.int64] | npt.NDArray[np.floating]] = {}
         self._words = words = np.zeros(t.TABLE_WORDS, np.int64)
         self.table = int(words.ctypes.data)
         self.owners = np.full(config.slots, -1, np.int64)
@@ -325,12 +326,26 @@ class Eviction:
             self._place(word, np.full(count, initial, np.int64))
         for word, count in ((t.FAST, layers * experts), (t.SLOW, layers * experts), (t.WORTH, layers)):
             self._place(word, np.zeros(count, np.float64))
+        if layers * experts * experts <= MOST_PAIRS:
+            self._place(t.FOLLOWED_BY, np.zeros(layers * experts * experts, np.float32))
+        self._place(t.RAISED_BY, np.zeros(lanes * layers * experts, np.float32))
+        for word in (t.FOLLOWED, t.RAISED):
+            self._place(word, np.zeros(layers * experts, np.float64))
+        words[t.TOP_K] = config.top_k
+        for word, count in (
+            (t.LAST_TOKENS, lanes * layers * (1 + config.top_k)),
+            (t.PASSES, layers),
+            (t.PASSED_BY, layers),
+            (t.KNOWN, lanes),
+        ):
+            self._place(word, np.zeros(count, np.int64))
+        self._place(t.NEW_TOKENS, np.full(layers * (1 + config.top_k), NO_TOKEN, np.int64))
         factors = rank_factor(LAST_TOKEN_GAIN, 1), rank_factor(TOKEN_BEFORE_GAIN, 1)
         self._place(t.NUMBERS, np.array([boost, config.top_k / experts, *factors]))
         self._clocks = self._placed[t.SEEN_CLOCK].astype(np.int64, copy=False)
         begin(self.table)
 
-    def _place(self, word: int, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> None:
+    def _place(self, word: int, array: npt.NDArray[np.int64] | npt.NDArray[np.floating]) -> None:
         self._placed[word] = array
         self._words[word] = array.ctypes.data
 

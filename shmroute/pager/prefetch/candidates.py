@@ -7,6 +7,7 @@ from typing import Final
 from numba import types
 
 from shmroute.pager.eviction import table as t
+from shmroute.pager.eviction.next_token import lift_of
 from shmroute.pager.eviction.next_use import rank_by_odds, tokens_until_use
 from shmroute.pager.eviction.victims import last_use
 from shmroute.pager.prefetch.affinity import score_by_affinity
@@ -81,7 +82,7 @@ def layers_until_use(table: int, key: int) -> float:
     numbers = f64_array(words[t.NUMBERS], 4)
     rank = rank_by_odds(
         f64_array(words[t.FAST], size)[key], f64_array(words[t.SLOW], size)[key], last_use(table, key),
-        words[t.WORKERS], numbers[t.PRIOR], numbers[t.LAST_TOKEN], numbers[t.TOKEN_BEFORE],
+        lift_of(table, key), words[t.WORKERS], numbers[t.PRIOR], numbers[t.LAST_TOKEN], numbers[t.TOKEN_BEFORE],
     )  # fmt: skip
     ahead = i64_array(words[t.AHEAD], layers)[key // words[t.NUM_EXPERTS]]
     return float(ahead + tokens_until_use(rank, numbers[t.PRIOR]) * layers / words[t.WORKERS])
