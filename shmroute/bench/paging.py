@@ -49,7 +49,7 @@ PATIENCE = 120.0
 
 MIB = 1 << 20
 QUICK_SIZES = ((MIB, 64), (8 * MIB, 12))
-FULL_SIZES = ((MIB, 96), (4 * MIB, 24), (16 * MIB, 12), (64 * MIB, 4))
+FULL_SIZES = ((MIB, 256), (4 * MIB, 64), (16 * MIB, 16), (64 * MIB, 4))
 """Bytes of an expert, and how many are loaded in one sample: enough for that to take longer than it takes to begin."""
 
 MISS_SIZES = (192 << 10, MIB)

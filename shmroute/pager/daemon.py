@@ -104,7 +104,7 @@ class Pager:
             segment.config.slots // SHARE_AT_HAND,
             self._settings.drop_page_cache,
             self._begin_load,
-            self.wake,
+            self._load_ended,
         )
         self._take_over()
 
@@ -163,7 +163,7 @@ class Pager:
     def _has_work(self, hungry: bool) -> bool:
         """Whether there is something to do, looked at once more after arming."""
         return bool(
-            self._loader.has_completed
+            (self._loader.has_completed and self._loader.runs_low)
             or ring_has_work(self._segment.address + self._layout.ring, self._layout.ring_bits)
             or (hungry and self._loader.idle and self._slots.can_evict(self._waiters.keys()))
         )
@@ -294,6 +294,15 @@ class Pager:
     def _begin_load(self, load: Load) -> bool:
         """REQUESTED to LOADING, in an I/O thread; False if it is not REQUESTED any more."""
         return bool(begin_load(self._table.address(load.key), load.slot))
+
+    def _load_ended(self, load: Load) -> None:
+        """Wake the main thread, in the I/O thread that has done a load, unless that can wait for the next one's end.
+
+        It can while there is enough to do for the threads and nobody waits for this load: waking takes longer than
+        publishing. Who begins to wait after this look does so until the next, which is soon, since threads are at work.
+        """
+        if self._loader.runs_low or self._waiters.any_in(load.layer):
+            self.wake()
 
     def _charge(self, load: Load) -> None:
         """Count a load, and what was evicted for it, for the worker that asked for it."""

@@ -20,7 +20,7 @@ import xxhash
 from shmroute.pager.queue import QueueEntry
 from shmroute.sources import ExpertSource
 
-AT_HAND = 1e-3
+AT_HAND = 2e-3
 """Seconds' worth of loads that each thread has before it. Within that the main thread gets a core, even if I/O threads
 keep all of them busy."""
 MOST_AT_HAND = 16
@@ -47,7 +47,7 @@ class Load:
     refused : bool
         Its expert was not requested any more when a thread came to it.
     checksum : int
-        xxh3 of the bytes, as a signed 64-bit word that is never 0.
+        xxh3 of the bytes in the order in which they were read, as a signed 64-bit word that is never 0.
     error : BaseException or None
     followed_by : Load or None
         What was to be loaded next when this one ended.
@@ -69,10 +69,36 @@ class Load:
     followed_by: Load | None = None
 
 
-def checksum_word(buffer: memoryview) -> int:
-    """xxh3-64 of some bytes as a signed word; 0 (which means "not known yet") is mapped to 1."""
-    digest = xxhash.xxh3_64_intdigest(buffer) or 1
-    return digest - (1 << 64) if digest >> 63 else digest
+class Checksum:
+    """xxh3-64 of the parts of a buffer, taken as they are filled.
+
+    Parameters
+    ----------
+    buffer : memoryview
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self._digest = xxhash.xxh3_64()
+        self._length = 0
+
+    def add(self, begin: int, end: int) -> None:
+        """Take in a part."""
+        self._digest.update(self._buffer[begin:end])
+        self._length += end - begin
+
+    def word(self) -> int:
+        """The digest as a signed word; 0 (which means "not known yet") is mapped to 1.
+
+        Raises
+        ------
+        ValueError
+            If the parts do not make up the buffer.
+        """
+        if self._length != len(self._buffer):
+            raise ValueError(f"the source told of {self._length} bytes of the {len(self._buffer)} that it filled")
+        digest = self._digest.intdigest() or 1
+        return digest - (1 << 64) if digest >> 63 else digest
 
 
 class Loader:
@@ -95,8 +121,8 @@ class Loader:
     begin : callable
         Called in an I/O thread that comes to a load; whether the load is still wanted.
     when_done : callable
-        Called in an I/O thread after each load has been put where `completed` finds it, and before the file pages it
-        came from are dropped: nobody waits for that.
+        Called in an I/O thread with each load after it has been put where `completed` finds it, and before the file
+        pages it came from are dropped: nobody waits for that.
     """
 
     def __init__(
@@ -106,7 +132,7 @@ class Loader:
         most: int,
         drop_page_cache: bool,
         begin: Callable[[Load], bool],
-        when_done: Callable[[], None],
+        when_done: Callable[[Load], None],
     ) -> None:
         self._source = source
         self._drop_page_cache = drop_page_cache
@@ -117,10 +143,10 @@ class Loader:
         self._done: deque[Load] = deque()
         self._loads: dict[int, Load] = {}
         self._most = max(most, 2 * threads)
-        self._pace = 0.0  # seconds that the last load took
         self._threads = [
             threading.Thread(target=self._work, name=f"shmroute-io-{i}", daemon=True) for i in range(threads)
         ]
+        self._pace(0.0)
         for thread in self._threads:
             thread.start()
 
@@ -140,8 +166,17 @@ class Loader:
     @property
     def room(self) -> int:
         """How many more loads may be submitted."""
-        at_hand = min(max(int(AT_HAND / self._pace), 1), MOST_AT_HAND) if self._pace else 1
-        return min((1 + at_hand) * len(self._threads), self._most) - len(self._loads)
+        return self._capacity - len(self._loads)
+
+    @property
+    def runs_low(self) -> bool:
+        """Whether so few loads wait for a thread that it is time for more, if there are any."""
+        return len(self._waiting) <= (self._capacity - len(self._threads)) // 2
+
+    def _pace(self, seconds: float) -> None:
+        """Have as many loads at hand as suits loads of some duration."""
+        at_hand = min(max(int(AT_HAND / seconds), 1), MOST_AT_HAND) if seconds else 1
+        self._capacity = min((1 + at_hand) * len(self._threads), self._most)
 
     def submit(self, load: Load) -> None:
         """Have a load done, before those of lower priority that no thread has come to. There is `room`."""
@@ -162,7 +197,11 @@ class Loader:
         return True
 
     def _insert(self, load: Load) -> None:
-        less_wanted = sum(other.priority < load.priority for other in self._waiting.copy())
+        less_wanted = 0
+        for other in reversed(self._waiting.copy()):
+            if other.priority >= load.priority:
+                break
+            less_wanted += 1
         if less_wanted:
             self._waiting.insert(-less_wanted, load)  # from the end, which threads that take loads do not move
         else:
@@ -212,11 +251,11 @@ class Loader:
             self._carry_out(load)
             load.ended_ns = time.monotonic_ns()
             if load.error is None and not load.refused:
-                self._pace = (load.ended_ns - load.began_ns) / 1e9
+                self._pace((load.ended_ns - load.began_ns) / 1e9)
             with contextlib.suppress(IndexError):
                 load.followed_by = self._waiting[0]
             self._done.append(load)
-            self._when_done()
+            self._when_done(load)
             if self._drop_page_cache and load.error is None and not load.refused:
                 with contextlib.suppress(OSError):  # advice that is not taken costs memory, not the load
                     self._source.drop_page_cache(load.layer, load.expert)
@@ -224,8 +263,9 @@ class Loader:
     def _carry_out(self, load: Load) -> None:
         try:
             if self._begin(load):
-                self._source.read_into(load.layer, load.expert, load.buffer)
-                load.checksum = checksum_word(load.buffer)
+                checksum = Checksum(load.buffer)
+                self._source.read_into(load.layer, load.expert, load.buffer, checksum.add)
+                load.checksum = checksum.word()
             else:
                 load.refused = True
         except BaseException as error:  # noqa: BLE001 - whatever a source raises fails this expert, not the thread

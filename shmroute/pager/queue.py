@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmroute.shared.words import PREFETCH, URGENT
 
@@ -14,8 +14,7 @@ SLACK = 64
 """Places of removed or upgraded loads that may stay in the heap."""
 
 
-@dataclass(frozen=True)
-class QueueEntry:
+class QueueEntry(NamedTuple):
     """A load's place in the queue."""
 
     priority: int

@@ -78,9 +78,14 @@ class Slots:
             if slot is not None:
                 self.page_outs += 1
                 return slot
-        while (found := self.eviction.victim(awaited)) is not None:
-            key = found[0]
-            if may_go is not None and not may_go(key):
+        if may_go is None:
+            found = self.eviction.evict(awaited)
+            if found is not None:
+                self._note_eviction(found[0])
+            return None if found is None else found[1]
+        while (candidate := self.eviction.victim(awaited)) is not None:
+            key = candidate[0]
+            if not may_go(key):
                 return None
             slot = self._evict(key)
             if slot is not None:
@@ -115,7 +120,10 @@ class Slots:
         if not evict(self._table.address(key), self._table.resident_row(layer), expert, slot):
             return None
         self.eviction.emptied(slot)
+        self._note_eviction(key)
+        return slot
+
+    def _note_eviction(self, key: int) -> None:
         self._evict_first.pop(key, None)
         self.evictions += 1
         self.when_evicted(key)
-        return slot

@@ -30,6 +30,16 @@ def read_awaited(lanes: int, lane_bytes: int, count: int, num_layers: int, num_e
         keys[lane] = layer * num_experts + expert if possible else -1
 
 
+@kernel(types.boolean(types.int64, types.int64, types.int64, types.int64))
+def waits_in_layer(lanes: int, lane_bytes: int, count: int, layer: int) -> bool:
+    """Whether a lane waits for an expert of a layer."""
+    for lane in range(count):
+        named = load(lanes + lane * lane_bytes + LANE_WAIT) - 1
+        if named >= 0 and named >> LAYER_SHIFT == layer:
+            return True
+    return False
+
+
 def awaited_by_lane(segment: Segment) -> npt.NDArray[np.int64]:
     """int64 [max_workers]: the key ``layer * num_experts + expert`` that each lane waits for, -1 for none."""
     config, layout = segment.config, segment.layout
@@ -76,6 +86,11 @@ class Waiters:
     def lanes(self, key: int) -> list[int]:
         """The lanes that wait for an expert."""
         return [lane for lane, awaited in enumerate(awaited_by_lane(self._segment).tolist()) if awaited == key]
+
+    def any_in(self, layer: int) -> bool:
+        """Whether a worker waits for an expert of a layer; from any thread."""
+        config, layout = self._segment.config, self._segment.layout
+        return bool(waits_in_layer(self._segment.address + layout.lanes, layout.lane_bytes, config.max_workers, layer))
 
     def wake(self, keys: Iterable[int]) -> None:
         """Ring the bell of every lane that waits for one of some experts, or for another of its layer.

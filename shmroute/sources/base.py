@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,7 +207,9 @@ class ExpertSource(Protocol):
     @property
     def spec(self) -> SourceSpec: ...
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         """Fill `buffer` (exactly ``geometry.expert_bytes`` writable bytes) with one expert.
 
         Parameters
@@ -216,6 +219,10 @@ class ExpertSource(Protocol):
         expert : int
         buffer : memoryview
             Of format ``"B"``; its content is undefined if this raises.
+        filled : callable, optional
+            Called as ``filled(begin, end)`` with the bounds of each part of `buffer` as soon as it is filled, while it
+            may still be in the core's cache: the pager takes the checksum so. The parts make up the whole buffer,
+            and are the same, in the same order, at each read of an expert.
 
         Raises
         ------

@@ -22,7 +22,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -221,7 +221,9 @@ class FaultySource:
     def spec(self) -> SourceSpec:
         return faulty_spec(self._inner.spec, self._control, self._log)
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         """Read from the inner source, with the faults that the control file sets for this expert just now.
 
         Raises
@@ -237,11 +239,15 @@ class FaultySource:
         faults = [fault for fault in read_faults(self._control) if fault.applies_to(layer, expert)]
         for fault in faults:
             self._before_read(fault, layer, expert)
-        self._inner.read_into(layer, expert, buffer)
-        for fault in faults:
-            if fault.corrupt:
-                for position in sorted({0, len(buffer) // 2, len(buffer) - 1}):
+
+        def damage(begin: int, end: int) -> None:
+            for position in {0, len(buffer) // 2, len(buffer) - 1}:
+                if begin <= position < end:
                     buffer[position] ^= 0xFF
+            if filled is not None:
+                filled(begin, end)
+
+        self._inner.read_into(layer, expert, buffer, damage if any(fault.corrupt for fault in faults) else filled)
 
     def _before_read(self, fault: Fault, layer: int, expert: int) -> None:
         time.sleep(fault.delay)

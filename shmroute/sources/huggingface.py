@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -149,7 +149,9 @@ class HuggingFaceSource:
     def spec(self) -> SourceSpec:
         return SourceSpec("shmroute.sources.huggingface:HuggingFaceSource", {"path": self._folder})
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         """Read one expert from its file or files straight into `buffer`; see `ExpertSource.read_into`.
 
         Raises
@@ -169,8 +171,7 @@ class HuggingFaceSource:
         if buffer.readonly or buffer.format != "B" or buffer.ndim != 1 or len(buffer) != size:
             raise ValueError(f"the buffer must be writable, contiguous, of format 'B' and {size} bytes long")
         for run in self._runs(layer, expert):
-            pieces = [buffer[begin:end] for begin, end in run.pieces]
-            run.file.read_into(pieces, run.offset, run.tensor)
+            run.file.read_into(buffer, run.pieces, run.offset, run.tensor, filled)
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         """Let the kernel drop the file pages behind an expert.
@@ -223,7 +224,7 @@ class HuggingFaceSource:
 
     def _router_tensor(self, name: str, tensor: StoredTensor) -> npt.NDArray[np.float32]:
         raw = bytearray(tensor.entry.end - tensor.entry.begin)
-        self._files[tensor.file].read_into([memoryview(raw)], tensor.entry.begin, name)
+        self._files[tensor.file].read_into(memoryview(raw), [(0, len(raw))], tensor.entry.begin, name)
         stored = np.frombuffer(raw, DTYPES[DTYPE_NAMES[tensor.entry.dtype]])
         return stored.reshape(tensor.entry.shape).astype(np.float32)
 
@@ -287,7 +288,7 @@ class HuggingFaceSource:
                 places.append((file, begin, begin + layout.nbytes, self._tensor_name(layer, 0, part)))
             for file, begin, end, what in places:
                 raw = bytearray(min(end - begin, _SAMPLE_BYTES))
-                self._files[file].read_into([memoryview(raw)], begin, what)
+                self._files[file].read_into(memoryview(raw), [(0, len(raw))], begin, what)
                 _absorb(digest, bytes(raw))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +122,9 @@ class SyntheticSource:
     def spec(self) -> SourceSpec:
         return SourceSpec("shmroute.sources.synthetic:SyntheticSource", {**self._identity, "delay": self._delay})
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         """Make one expert's bytes; see `ExpertSource.read_into`.
 
         Raises
@@ -141,6 +144,8 @@ class SyntheticSource:
         words &= np.uint64(mask)
         words |= np.uint64(exponent)
         np.frombuffer(buffer, np.uint8)[:] = words.view(np.uint8)[:size]
+        if filled is not None:
+            filled(0, size)
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         """Does nothing: there are no files."""

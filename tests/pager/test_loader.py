@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmroute.pager.loader import AT_HAND, Load, Loader, checksum_word
+from shmroute.pager.loader import AT_HAND, Checksum, Load, Loader
 from shmroute.pager.queue import AWAITED, QueueEntry
 from shmroute.shared.words import NORMAL, URGENT
 from shmroute.sources.synthetic import SyntheticSource
@@ -30,12 +30,14 @@ class Source(SyntheticSource):
         self.opened = threading.Event()
         self.dropped: list[tuple[int, int]] = []
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         if expert == 2:
             assert self.opened.wait(PATIENCE)
         if expert == 3 and self.error is not None:
             raise self.error
-        super().read_into(layer, expert, buffer)
+        super().read_into(layer, expert, buffer, filled)
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         self.dropped.append((layer, expert))
@@ -53,7 +55,7 @@ def loader_of(
     most: int = 0,
     drop: bool = True,
     begin: Callable[[Load], bool] = lambda load: True,
-    when_done: Callable[[], None] = lambda: None,
+    when_done: Callable[[Load], None] = lambda load: None,
 ) -> Loader:
     return Loader(source, threads, most, drop, begin, when_done)
 
@@ -76,8 +78,9 @@ def collect(loader: Loader, count: int) -> list[Load]:
 
 
 def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
-    source, called = Source(), []
-    loader = loader_of(source, when_done=lambda: called.append(1))
+    source = Source()
+    called: list[Load] = []
+    loader = loader_of(source, when_done=called.append)
     loader.submit(load_of(source, 1, 0))
     assert loader.in_flight == 1
     (load,) = collect(loader, 1)
@@ -85,11 +88,11 @@ def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
     source.read_into(1, 0, memoryview(expected))
     assert bytes(load.buffer) == bytes(expected)
     assert load.error is None
-    assert load.checksum == checksum_word(memoryview(expected))
+    assert load.checksum == word_of(expected)
     assert 0 < load.began_ns <= load.ended_ns
     loader.close()
     assert source.dropped == [(1, 0)]
-    assert called == [1]
+    assert called == [load]
 
 
 def test_pages_are_dropped_only_if_asked() -> None:
@@ -193,7 +196,7 @@ def test_quick_loads_are_at_hand_in_numbers() -> None:
     loader = loader_of(Source(), 2, most=24)
     rooms = []
     for pace in (0.0, 2 * AT_HAND, AT_HAND / 4, AT_HAND / 8, AT_HAND / 1000):
-        loader._pace = pace
+        loader._pace(pace)
         rooms.append(loader.room)
     assert rooms == [4, 4, 10, 18, 24]
     loader.close()
@@ -260,14 +263,45 @@ def test_what_is_not_wanted_any_more_is_not_read() -> None:
     assert source.dropped == []
 
 
-@given(st.binary(max_size=64))
-def test_a_checksum_is_a_signed_word_with_the_digests_bits_and_never_zero(data: bytes) -> None:
-    word = checksum_word(memoryview(data))
+def word_of(data: bytes | bytearray) -> int:
+    checksum = Checksum(memoryview(data))
+    checksum.add(0, len(data))
+    return checksum.word()
+
+
+@given(st.binary(max_size=64), st.integers(0, 64))
+def test_a_checksum_is_a_signed_word_with_the_digests_bits_and_never_zero(data: bytes, cut: int) -> None:
+    checksum = Checksum(memoryview(data))
+    checksum.add(0, min(cut, len(data)))
+    checksum.add(min(cut, len(data)), len(data))
+    word = checksum.word()
     assert -(1 << 63) <= word < 1 << 63
     assert word != 0
     assert word & (1 << 64) - 1 == (xxhash.xxh3_64_intdigest(data) or 1)
 
 
 def test_a_digest_of_zero_is_not_mistaken_for_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: 0)
-    assert checksum_word(memoryview(b"")) == 1
+    class Zero:
+        def update(self, data: memoryview) -> None: ...
+
+        def intdigest(self) -> int:
+            return 0
+
+    monkeypatch.setattr(xxhash, "xxh3_64", Zero)
+    assert word_of(b"") == 1
+
+
+def test_a_source_that_does_not_tell_of_all_that_it_filled_fails_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    whole = SyntheticSource.read_into
+
+    def silent(layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None) -> None:
+        whole(source, layer, expert, buffer)
+
+    monkeypatch.setattr(source, "read_into", silent)
+    loader = loader_of(source)
+    loader.submit(load_of(source, 0, 0))
+    (load,) = collect(loader, 1)
+    loader.close()
+    assert isinstance(load.error, ValueError)
+    assert "told of 0 bytes of the" in str(load.error)

@@ -163,10 +163,10 @@ class WeirdSource(SyntheticSource):
     def __init__(self):
         super().__init__(2, 8, 16, 24)
 
-    def read_into(self, layer, expert, buffer):
+    def read_into(self, layer, expert, buffer, filled=None):
         if layer == 0 and expert < len(KINDS):
             raise KINDS[expert]()
-        super().read_into(layer, expert, buffer)
+        super().read_into(layer, expert, buffer, filled)
 
     def location(self, layer, expert):
         if layer == 0 and expert == 1:

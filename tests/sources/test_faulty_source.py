@@ -113,6 +113,21 @@ def test_corruption_flips_three_bytes(tmp_path: Path) -> None:
     assert differing == [0, len(good) // 2, len(good) - 1]
 
 
+def test_what_is_told_of_is_damaged_already(tmp_path: Path) -> None:
+    source = faulty(tmp_path)
+    buffer = memoryview(bytearray(source.geometry.expert_bytes))
+    seen = bytearray(len(buffer))
+
+    def filled(begin: int, end: int) -> None:
+        seen[begin:end] = buffer[begin:end]
+
+    source.read_into(0, 0, buffer, filled)
+    assert bytes(seen) == read(INNER)
+    set_faults(tmp_path / "control", [Fault(corrupt=True)])
+    source.read_into(0, 0, buffer, filled)
+    assert bytes(seen) == read(source) != read(INNER)
+
+
 def test_a_delay_is_waited_for(tmp_path: Path) -> None:
     source = faulty(tmp_path)
     set_faults(tmp_path / "control", [Fault(delay=0.05)])

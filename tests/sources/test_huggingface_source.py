@@ -24,7 +24,7 @@ from shmroute.errors import (
     UnsupportedDtypeError,
     UnsupportedScoringError,
 )
-from shmroute.sources import ExpertSource, HuggingFaceSource, ModelScoring, SourceSpec, open_source
+from shmroute.sources import ExpertSource, HuggingFaceSource, ModelScoring, SourceSpec, open_source, served_file
 
 TINY_MIXTRAL = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 INDEX = "model.safetensors.index.json"
@@ -224,6 +224,33 @@ def test_adjacent_tensors_are_read_by_one_call_in_file_order(monkeypatch: pytest
         read(source, 0, 0)
         assert len(calls) == 1
         assert len(calls[0]) == 3
+
+
+@pytest.mark.parametrize("part", [1, 10, 64, 1 << 20])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_each_part_is_told_of_once_it_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, part: int
+) -> None:
+    made = build(tmp_path / "m", model_type, shards=2)
+    monkeypatch.setattr(served_file, "PART", part)
+    with opened(made.folder) as source:
+        for layer, expert in made.experts:
+            expected = made.expert_bytes(layer, expert)
+            buffer = memoryview(bytearray(len(expected)))
+            parts: list[list[tuple[int, int]]] = [[], []]
+            for told in parts:
+                buffer[:] = bytes(byte ^ 0xFF for byte in expected)
+
+                def filled(begin: int, end: int, told: list[tuple[int, int]] = told) -> None:
+                    assert buffer[begin:end] == expected[begin:end]  # noqa: B023 - called within this turn
+                    told.append((begin, end))
+
+                source.read_into(layer, expert, buffer, filled)
+            assert parts[0] == parts[1]
+            assert all(0 < end - begin <= part for begin, end in parts[0])
+            in_order = sorted(parts[0])
+            assert [begin for begin, _ in in_order] == [0, *(end for _, end in in_order[:-1])]
+            assert in_order[-1][1] == len(expected)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 200])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-# Shared regions, read only.
+# Shared regions; only an eviction writes, to words of experts and the bitmap.
 EXPERTS: Final = 0
 USES: Final = 1
 USE_ROW_BYTES: Final = 2
@@ -52,8 +52,13 @@ WORKERS: Final = 29  # that move
 NEXT_LAYER: Final = 30  # where the search for changed layers goes on
 NUMBERS: Final = 31  # address of float64 [4]: the following
 SCORE: Final = 32  # address of float64 [1]: affinity of the victim
+VACATED: Final = 33  # slot of what was evicted last
 
-TABLE_WORDS: Final = 33
+# The bitmap.
+RESIDENT: Final = 34
+RESIDENT_ROW_BYTES: Final = 35
+
+TABLE_WORDS: Final = 36
 
 # Of the numbers.
 BOOST: Final = 0  # affinity of an activation

@@ -39,6 +39,7 @@ from shmroute.pager.eviction.next_use import (
 from shmroute.pager.eviction.recency import least_recently_used, least_stale
 from shmroute.shared.affinity import age_of
 from shmroute.shared.atomic import WORD, f64_array, i64_array, load
+from shmroute.shared.experts import evict
 from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LINE, USE_AFFINITY, USE_BYTES
 from shmroute.shared.tables import Tables
@@ -246,10 +247,23 @@ def find_victim(table: int, awaited: int, count: int) -> int:
     return -1
 
 
-@kernel(types.int64(types.int64, types.int64, types.int64))
-def victim_of(table: int, awaited: int, count: int) -> int:
-    """`find_victim`, from Python."""
-    return find_victim(table, awaited, count)
+@kernel(types.int64(types.int64, types.int64[::1], types.boolean))
+def victim_of(table: int, awaited: npt.NDArray[np.int64], go: bool) -> int:
+    """`find_victim`, from Python; with `go`, that expert is evicted, or the next if somebody leases it meanwhile.
+
+    Its slot is written where the table says.
+    """
+    words = i64_array(table, t.TABLE_WORDS)
+    while True:
+        key = find_victim(table, awaited.ctypes.data, len(awaited))
+        if key < 0 or not go:
+            return key
+        layer, expert = key // words[t.NUM_EXPERTS], key % words[t.NUM_EXPERTS]
+        address = words[t.EXPERTS] + layer * words[t.ROW_BYTES] + expert * WORD
+        slot = expert_slot(load(address))
+        if evict(address, words[t.RESIDENT] + layer * words[t.RESIDENT_ROW_BYTES], expert, slot):
+            words[t.VACATED] = slot
+            return key
 
 
 @kernel(types.void(types.int64, types.int64))
@@ -294,6 +308,7 @@ class Eviction:
         words[t.POLICY] = names.POLICIES[config.pager.eviction]
         words[t.SLOTS], words[t.OWNERS] = config.slots, self.owners.ctypes.data
         words[t.SCORE] = self._score.ctypes.data
+        words[t.RESIDENT], words[t.RESIDENT_ROW_BYTES] = base + layout.resident, layout.resident_row_bytes
         words[t.WORKERS] = 1
         for word, count, initial in (
             (t.SEEN_TOTAL, layers * experts, 0),
@@ -361,5 +376,14 @@ class Eviction:
         awaited : ndarray
             int64 keys that workers wait for.
         """
-        key = int(victim_of(self.table, awaited.ctypes.data, len(awaited)))
+        key = int(victim_of(self.table, awaited, False))
         return None if key < 0 else (key, float(self._score[0]))
+
+    def evict(self, awaited: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+        """Evict what `victim` names: its key and the slot that it leaves, or None if there is none."""
+        key = int(victim_of(self.table, awaited, True))
+        if key < 0:
+            return None
+        slot = int(self._words[t.VACATED])
+        self.emptied(slot)
+        return key, slot

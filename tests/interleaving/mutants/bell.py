@@ -68,4 +68,16 @@ BELL = (
         (("            self._waiters.wake({load.key for load in ended})\n", "            pass\n"),),
         ("one-slot",),
     ),
+    Mutant(
+        "ended loads not told of",
+        "the last load's end wakes the pager's main thread",
+        "pager.daemon:Pager._load_ended",
+        (
+            (
+                "        if self._loader.runs_low or self._waiters.any_in(load.layer):\n            self.wake()\n",
+                "        pass\n",
+            ),
+        ),
+        ("one-slot", "shared"),
+    ),
 )

@@ -84,10 +84,15 @@ class SteppedSource:
     def spec(self) -> SourceSpec:
         return SourceSpec(f"{__name__}:SteppedSource", {})
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         for half in range(2):
             step()
-            buffer[half * EXPERT_BYTES // 2 : (half + 1) * EXPERT_BYTES // 2] = pattern(expert, half)
+            begin, end = half * EXPERT_BYTES // 2, (half + 1) * EXPERT_BYTES // 2
+            buffer[begin:end] = pattern(expert, half)
+            if filled is not None:
+                filled(begin, end)
 
     def drop_page_cache(self, layer: int, expert: int) -> None:
         """There are no files."""
@@ -111,13 +116,15 @@ class FailingSource(SteppedSource):
     def __init__(self, read: set[int]) -> None:
         self._read = read
 
-    def read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+    def read_into(
+        self, layer: int, expert: int, buffer: memoryview, filled: Callable[[int, int], object] | None = None
+    ) -> None:
         if expert not in self._read:
             step()
             buffer[: EXPERT_BYTES // 2] = bytes(EXPERT_BYTES // 2)
             self._read.add(expert)
             raise OSError(errno.EIO, "injected")
-        super().read_into(layer, expert, buffer)
+        super().read_into(layer, expert, buffer, filled)
 
 
 class Borrowed:
