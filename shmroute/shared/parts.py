@@ -27,6 +27,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import LoweringPass, register_pass
 from numba.core.typed_passes import IRLegalization, NativeLowering
 from numba.core.typing.templates import infer_global
+from numba.extending import models, register_model
 
 
 class Placing(Enum):
@@ -161,6 +162,10 @@ class PartType(types.Dispatcher):  # type: ignore[misc]
         """A constant argument has no version of the part for itself."""
         plain = {name: types.unliteral(kind) for name, kind in kws.items()}
         return super().get_call_type(context, [types.unliteral(kind) for kind in args], plain)
+
+
+# As Numba's own dispatchers have it; functions with memory management ask.
+register_model(PartType)(models.OpaqueModel)
 
 
 def compile_as_part(function: Callable[..., Any], placing: Placing) -> PartType:
