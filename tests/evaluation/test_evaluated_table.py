@@ -13,7 +13,7 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny-mixtral"
 
 
 def test_hit_rates_and_perplexity_are_those_of_the_readme() -> None:
-    """At 50 %: 0.815 without a bonus; by probability + 0.12 but for the first layer 0.935, at +0.74 %."""
+    """At 50 %: 0.821 without a bonus; by probability + 0.12 but for the first layer 0.938, at +0.72 %."""
     arguments = (
         "--budgets", "50%", "--rule", "probability=0.12", "--layer-factors", "0,1,1,1,1,1", "--pools", "11", "--json",
     )  # fmt: skip
@@ -22,9 +22,9 @@ def test_hit_rates_and_perplexity_are_those_of_the_readme() -> None:
     found = json.loads(result.stdout)
     assert found["tokens"] == 11 * 4 * 191
     plain, biased = found["results"]
-    assert abs(plain["hit_rate"] - 0.815) < 0.012
-    assert abs(biased["hit_rate"] - 0.935) < 0.008
+    assert abs(plain["hit_rate"] - 0.821) < 0.012
+    assert abs(biased["hit_rate"] - 0.938) < 0.008
     assert abs(biased["changed"] - 0.108) < 0.01
     assert 0.3 < biased["misses_left"] < 0.4
-    assert biased["low"] < 0.0074 < biased["high"]
+    assert biased["low"] < 0.0072 < biased["high"]
     assert biased["perplexity_change"] < 0.015
