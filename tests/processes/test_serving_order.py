@@ -59,6 +59,8 @@ def test_an_awaited_expert_loads_before_urgent_ones_that_nobody_waits_for_yet(wo
     worker = world.worker()
     leased = worker.start("lease", layer=0, expert=4)
     eventually(lambda: world.awaited() == {(0, 4)})
+    rounds = world.counter("ticks")
+    eventually(lambda: world.counter("ticks") >= rounds + 2)  # the pager has looked who waits
     world.open_gate()
     leased.get()
     assert sorted(expert for expert, *_ in loop) == [1, 2, 3]
