@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
-from shmroute.shared.atomic import f32_array, f64_array, i32_array, i64_array
+from shmroute.shared.atomic import f32_array, f64_array, i32_array, i64_array, signed
 from shmroute.shared.bits import count_bits
 from shmroute.shared.kernel import inlined
 
@@ -524,8 +524,8 @@ def put_id(address: int, value: int) -> None:
 
 
 def put_word(address: int, value: int) -> None:
-    """Write an int64 of this process's own."""
-    i64_array(address, 1)[0] = value
+    """Write an int64 of this process's own, modulo 2^64: bit 63 may have been set or cleared."""
+    i64_array(address, 1)[0] = signed(value)
 
 
 def put_score(address: int, value: float) -> None:

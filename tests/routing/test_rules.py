@@ -21,6 +21,7 @@ from shmroute.lifecycle import create
 from shmroute.routing import codes
 from shmroute.routing import plan_words as p
 from shmroute.routing.router import MemoryAwareRouter
+from shmroute.routing.vectors import put_word, word_at
 from shmroute.runtime import Runtime
 from shmroute.shared.atomic import COMPILED
 from shmroute.shared.layout import BONUS_SPREAD, LINE
@@ -354,3 +355,12 @@ def test_a_correction_bias_of_another_kind_is_refused(bias: Any, complaint: str)
 def test_without_sigmoid_scoring_there_is_no_correction_bias(make_runtime: Callable[..., Runtime]) -> None:
     with pytest.raises(ValueError, match="belongs to scoring='sigmoid', not 'softmax'"):
         make_runtime().router(0).correction_bias = np.zeros(8, np.float32)
+
+
+@pytest.mark.parametrize("word", [0, 1, -1, -2, (1 << 63) - 1, -(1 << 63)])
+def test_a_bitmaps_last_bit_is_set_and_cleared_like_any(word: int) -> None:
+    kept = np.array([word], np.int64)
+    put_word(kept.ctypes.data, word_at(kept.ctypes.data) | (1 << 63))
+    assert kept[0] == (word | -(1 << 63))
+    put_word(kept.ctypes.data, word_at(kept.ctypes.data) & ~(1 << 63))
+    assert kept[0] == (word & (1 << 63) - 1)
