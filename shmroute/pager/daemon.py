@@ -302,7 +302,8 @@ class Pager:
         """Wake the main thread, in the I/O thread that has done a load, unless that can wait for the next one's end.
 
         It can while there is enough to do for the threads and nobody waits for this load: waking takes longer than
-        publishing. Who begins to wait after this look does so until the next, which is soon, since threads are at work.
+        publishing. Who begins to wait after this look does so until the next one, which is soon, since threads are at
+        work, or until the next sweep, should they all be stuck.
         """
         if self._loader.runs_low or self._waiters.any_in(load.layer):
             self.wake()

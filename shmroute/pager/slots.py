@@ -73,23 +73,25 @@ class Slots:
         if self._free:
             return self._free.pop()
         for key in list(self._evict_first):
-            slot = None if key in awaited else self._evict(key)
+            emptied = None if key in awaited else self._evict(key)
             self._evict_first.pop(key, None)
-            if slot is not None:
+            if emptied is not None:
                 self.page_outs += 1
-                return slot
+                return emptied
         if may_go is None:
-            found = self.eviction.evict(awaited)
-            if found is not None:
-                self._note_eviction(found[0])
-            return None if found is None else found[1]
+            evicted = self.eviction.evict(awaited)
+            if evicted is None:
+                return None
+            key, slot = evicted
+            self._note_eviction(key)
+            return slot
         while (candidate := self.eviction.victim(awaited)) is not None:
             key = candidate[0]
             if not may_go(key):
                 return None
-            slot = self._evict(key)
-            if slot is not None:
-                return slot
+            emptied = self._evict(key)
+            if emptied is not None:
+                return emptied
         return None
 
     def can_evict(self, awaited: npt.NDArray[np.int64]) -> bool:

@@ -252,7 +252,7 @@ def find_victim(table: int, awaited: int, count: int) -> int:
 def victim_of(table: int, awaited: npt.NDArray[np.int64], go: bool) -> int:
     """`find_victim`, from Python; with `go`, that expert is evicted, or the next if somebody leases it meanwhile.
 
-    Its slot is written where the table says.
+    Its slot is written where the table says. Linearization point: the CAS of `evict`, whose death windows these are.
     """
     words = i64_array(table, t.TABLE_WORDS)
     while True:
