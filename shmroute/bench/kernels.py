@@ -27,6 +27,7 @@ from shmroute.shared.atomic import WORD, address_of, cas, f32_array, i32_array, 
 from shmroute.shared.bell import heard
 from shmroute.shared.kernel import _StampedCache, inner, signals_held
 from shmroute.shared.layout import USE_AFFINITY, USE_BYTES
+from shmroute.shared.parts import KernelCompiler
 from shmroute.shared.ring import pop, push
 from shmroute.shared.words import SCORE_ONE, low32
 
@@ -50,7 +51,7 @@ class OnDemand:
             # By which Numba's cache finds it: `STAMP` knows nothing of this package's files.
             source = Path(self._function.__code__.co_filename).read_bytes()
             self._function.__qualname__ += f"_{hashlib.sha256(source).hexdigest()[:12]}"
-            dispatcher = numba.njit(nogil=True, _nrt=False)(self._function)
+            dispatcher = numba.njit(nogil=True, _nrt=False, pipeline_class=KernelCompiler)(self._function)
             dispatcher._cache = _StampedCache(dispatcher.py_func)
             with signals_held():
                 dispatcher.compile(self._signature)

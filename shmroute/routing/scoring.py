@@ -47,6 +47,17 @@ def _sum_of_row(logits_at: int, num_experts: int, peak: float) -> float:
 
 
 @inner
+def _weights_of_few(logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, weights_at: int) -> None:
+    """`softmax_weights` of no more experts than fit into one vector."""
+    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
+    values = logits_of(logits_at, num_experts, ids_at, k)
+    peak = largest(values) if renormalize else peak_of_row(logits_at, num_experts)
+    shares = exp_under(values, peak)
+    divisor = total(shares) if renormalize else _sum_of_row(logits_at, num_experts, peak)
+    store_weights(divided(shares, divisor), weights_at, k)
+
+
+@inner
 def _weights_of_many(logits_at: int, num_experts: int, ids_at: int, k: int, renormalize: bool, weights_at: int) -> None:
     """`softmax_weights` of more experts than fit into one vector."""
     if renormalize:
@@ -104,12 +115,7 @@ def softmax_weights(logits_at: int, num_experts: int, ids_at: int, k: int, renor
     if k > WIDTH:
         _weights_of_many(logits_at, num_experts, ids_at, k, renormalize, weights_at)
         return
-    # Any upper bound of the logits that are summed keeps exp from overflowing; the largest one keeps it exact.
-    values = logits_of(logits_at, num_experts, ids_at, k)
-    peak = largest(values) if renormalize else peak_of_row(logits_at, num_experts)
-    shares = exp_under(values, peak)
-    divisor = total(shares) if renormalize else _sum_of_row(logits_at, num_experts, peak)
-    store_weights(divided(shares, divisor), weights_at, k)
+    _weights_of_few(logits_at, num_experts, ids_at, k, renormalize, weights_at)
 
 
 @inlined

@@ -37,7 +37,7 @@ from shmroute.routing.vectors import (
 )
 from shmroute.shared.atomic import WORD, f64_array, i32_array
 from shmroute.shared.bits import count_bits, lowest_bit
-from shmroute.shared.kernel import inlined, inner
+from shmroute.shared.kernel import called, inlined, inner
 
 LOWEST: Final = -float(np.finfo(np.float32).max)
 """The least finite logit. One that is not finite counts as -inf."""
@@ -149,6 +149,12 @@ def _order(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int, wide
         put_id(chosen_at + rank * ID, id_at(ids_at + i * ID))
 
 
+@called
+def _order_wide(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int) -> None:
+    """`_order` of scores that are not all float32's."""
+    _order(scores_at, ids_at, count, chosen_at, k, True)
+
+
 @inlined
 def select_top_k(logits_at: int, num_experts: int, scores_at: int, ids_at: int, chosen_at: int, k: int) -> int:
     """The k best finite logits of one token, best first.
@@ -254,7 +260,7 @@ def select_raised(
             score = logit_at(logits_at + (block + offset) * 4) + bonus * ((resident >> offset) & 1)
             put_score(scores_at + count * WORD, score)
             count += 1
-    _order(scores_at, ids_at, count, chosen_at, k, True)
+    _order_wide(scores_at, ids_at, count, chosen_at, k)
     return finite
 
 

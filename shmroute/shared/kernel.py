@@ -5,7 +5,8 @@ allocates nothing and raises nothing, it returns codes. Compiled, it runs withou
 (``NUMBA_DISABLE_JIT=1``), it is the same function as plain Python.
 
 `kernel` marks an entry point that Python calls: it has one explicit signature, is compiled by `load_kernels`, and is
-kept on disk. `inner` marks a function that kernels call; called from Python it runs as the plain function it is.
+kept on disk. `inner`, `inlined` and `called` mark functions that kernels call (`shmroute.shared.parts`); called from
+Python each runs as the plain function it is.
 
 Numba's own cache asks only whether the *file of the kernel* changed, so a constant edited in another file would go
 on living in stale machine code, next to processes with the new one. Here the cache directory is named by a hash of
@@ -28,11 +29,11 @@ from typing import Any, TypeVar
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
-from numba.extending import register_jitable
 
 from shmroute.errors import KernelCacheError
 from shmroute.shared.atomic import COMPILED
-from shmroute.shared.compilation import ELSEWHERE, compiling_elsewhere
+from shmroute.shared.compilation import compiling_elsewhere, in_order
+from shmroute.shared.parts import KernelCompiler, Placing, compile_as_part
 
 PACKAGE = Path(__file__).resolve().parent.parent
 KERNEL_PACKAGES = ("shared", "routing", "pager", "recording", "replay", "evaluation")
@@ -112,7 +113,7 @@ def kernel(signature: Any) -> Callable[[F], F]:
         if not COMPILED:
             return function
         # Without Numba's memory management a kernel cannot allocate, and taking an array argument costs no heap cell.
-        dispatcher = numba.njit(nogil=True, _nrt=False)(function)
+        dispatcher = numba.njit(nogil=True, _nrt=False, pipeline_class=KernelCompiler)(function)
         _entries.append((dispatcher, signature))
         return dispatcher  # type: ignore[no-any-return]
 
@@ -121,12 +122,23 @@ def kernel(signature: Any) -> Callable[[F], F]:
 
 def inner(function: F) -> F:
     """Make a function callable from kernels: compiled into each of them, not kept by itself."""
-    return register_jitable(function)  # type: ignore[no-any-return]
+    return _part(function, Placing.AS_LLVM_LIKES)
 
 
 def inlined(function: F) -> F:
     """`inner`, and pasted into its callers: for what runs for each token, and with constants for arguments."""
-    return register_jitable(forceinline=True)(function)  # type: ignore[no-any-return]
+    return _part(function, Placing.PASTED)
+
+
+def called(function: F) -> F:
+    """`inner`, and never pasted: for a loop that wants the vector registers which a caller's values would take."""
+    return _part(function, Placing.CALLED)
+
+
+def _part(function: F, placing: Placing) -> F:
+    if COMPILED:
+        compile_as_part(function, placing)
+    return function
 
 
 @contextlib.contextmanager
@@ -204,21 +216,16 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
     with _cache_errors_named():
         for dispatcher in waiting:
             dispatcher._cache = _StampedCache(dispatcher.py_func)
-    missing = [dispatcher for dispatcher in waiting if not _is_cached(dispatcher)]
-    elsewhere = [dispatcher for dispatcher in missing if dispatcher.py_func.__module__ in ELSEWHERE]
-    here = [dispatcher for dispatcher in waiting if dispatcher not in elsewhere]
-    if len(elsewhere) == len(missing):
-        here, elsewhere = waiting, []  # nothing would be compiled meanwhile
+    missing = in_order([dispatcher for dispatcher in waiting if not _is_cached(dispatcher)])
     done = len(_entries) - len(missing)
-    names = [f"{dispatcher.py_func.__module__}:{dispatcher.py_func.__name__}" for dispatcher in elsewhere]
-    with compiling_elsewhere(names) as process:
-        for dispatcher in here + elsewhere:
-            if dispatcher in missing:
-                if progress is not None:
-                    progress(done, len(_entries), dispatcher.py_func.__name__)
-                done += 1
-            if process is not None and dispatcher in elsewhere:
-                process.wait()
+    with compiling_elsewhere(missing):
+        for dispatcher in missing:
+            if progress is not None:
+                progress(done, len(_entries), dispatcher.py_func.__name__)
+            done += 1
+            compile_kernel(dispatcher)  # unless it has come to be on disk by now
+    for dispatcher in waiting:
+        if dispatcher not in missing:
             compile_kernel(dispatcher)
     if progress is not None and missing:
         progress(len(_entries), len(_entries), "")
@@ -226,7 +233,7 @@ def load_kernels(progress: Callable[[int, int, str], None] | None = None) -> int
 
 
 def compile_kernel(dispatcher: Any) -> None:
-    """Make one entry point ready.
+    """Make one entry point ready, from disk if it is there.
 
     Raises
     ------
@@ -239,6 +246,20 @@ def compile_kernel(dispatcher: Any) -> None:
         dispatcher.compile(signature)
     # From here an argument of another type is an error at once, never a silent compilation of seconds.
     dispatcher.disable_compile()
+
+
+def compile_unless_cached(dispatcher: Any) -> None:
+    """Have one entry point's machine code on disk.
+
+    Raises
+    ------
+    KernelCacheError
+        If the directory for compiled kernels cannot be used.
+    """
+    with _cache_errors_named():
+        dispatcher._cache = _StampedCache(dispatcher.py_func)
+    if not _is_cached(dispatcher):
+        compile_kernel(dispatcher)
 
 
 def c_function(dispatcher: Any) -> int:
