@@ -120,6 +120,5 @@ def ordered(scores: npt.NDArray[np.floating]) -> list[int]:
 
 
 def apart(values: npt.NDArray[np.floating], by: float) -> bool:
-    """Whether any two of some numbers are equal or at least so far apart: then rounding changes no order."""
-    gaps = np.diff(np.sort(values[np.isfinite(values)]))
-    return bool(((gaps == 0) | (gaps > by)).all())
+    """Whether any two of some numbers differ by so much that rounding changes no order."""
+    return bool((np.diff(np.sort(values[np.isfinite(values)])) > by).all())

@@ -100,18 +100,21 @@ def decidable(reference: Reference, row: Logits, resident: set[int]) -> bool:
     scores = reference.choosing_scores(row)
     if (scores > -np.inf).sum() < reference.top_k:
         return False
-    if reference.config.scoring == "sigmoid" and not apart(scores, 1e-5):
+    # Experts of the same logit and bias have the same score however it is rounded; others, if only in real numbers.
+    finite = np.flatnonzero(scores > -np.inf)
+    differing = finite[np.unique(np.stack([row, reference.bias])[:, finite], axis=1, return_index=True)[1]]
+    if reference.config.scoring == "sigmoid" and not apart(scores[differing], 1e-5):
         return False
     here, strength = np.isin(np.arange(len(row)), list(resident)), reference.config.cache_bonus
     if reference.config.scoring == "sigmoid" or reference.config.rule == "probability":
         base = reference.probabilities(row) if reference.config.rule == "probability" else scores
         amount = strength * (reference.spread if reference.config.rule == "cache-prior" else 1.0)
-        raised = np.concatenate([base, base + amount])
-        if not apart(np.where(np.abs(raised) < 1e-7, 0, raised), 2e-6):
+        raised = np.concatenate([base[differing], base[differing] + amount]) if amount else base[differing]
+        if not apart(raised[np.abs(raised) >= 1e-7], 2e-6):
             return False
     if reference.config.group_score == "top2-sum" and reference.config.scoring == "sigmoid":
-        finite = np.where(np.isfinite(row), 1 / (1 + np.exp(-row.astype(np.float64))) + reference.bias, -np.inf)
-        two = np.sort(finite.reshape(reference.config.n_group, -1), axis=1)[:, -2:].sum(axis=1)
+        sigmoids = np.where(np.isfinite(row), 1 / (1 + np.exp(-row.astype(np.float64))) + reference.bias, -np.inf)
+        two = np.sort(sigmoids.reshape(reference.config.n_group, -1), axis=1)[:, -2:].sum(axis=1)
         if not apart(two, 1e-5):
             return False
     if reference.config.rule == "cumulative-threshold":
