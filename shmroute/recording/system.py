@@ -11,9 +11,9 @@ from typing import Any, Final
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 from shmroute.shared.atomic import forget_views
+from shmroute.shared.emitted import emitted_by
 
 FAILED: Final = -1
 """Of `map_shared`: no address space, or not that much memory."""
@@ -42,7 +42,6 @@ def _call(builder: Any, name: str, result: Any, parameters: list[Any], arguments
     return builder.call(function, passed)
 
 
-@intrinsic
 def _allocate_blocks(typingctx: Any, descriptor: Any, offset: Any, size: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(_call(builder, "posix_fallocate", _I32, [_I32, _I64, _I64], list(args)), _I64)
@@ -50,7 +49,6 @@ def _allocate_blocks(typingctx: Any, descriptor: Any, offset: Any, size: Any) ->
     return types.int64(types.int64, types.int64, types.int64), body
 
 
-@intrinsic
 def _map_shared(typingctx: Any, descriptor: Any, offset: Any, size: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         descriptor, offset, size = args
@@ -61,7 +59,6 @@ def _map_shared(typingctx: Any, descriptor: Any, offset: Any, size: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), body
 
 
-@intrinsic
 def _populate(typingctx: Any, address: Any, size: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         arguments = [*args, ir.Constant(_I64, _MADV_POPULATE_WRITE)]
@@ -70,7 +67,6 @@ def _populate(typingctx: Any, address: Any, size: Any) -> Any:
     return types.int64(types.int64, types.int64), body
 
 
-@intrinsic
 def _unmap(typingctx: Any, address: Any, size: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(_call(builder, "munmap", _I32, [_I64, _I64], list(args)), _I64)
@@ -78,7 +74,6 @@ def _unmap(typingctx: Any, address: Any, size: Any) -> Any:
     return types.int64(types.int64, types.int64), body
 
 
-@intrinsic
 def _pause(typingctx: Any, microseconds: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(_call(builder, "usleep", _I32, [_I32], list(args)), _I64)
@@ -86,7 +81,6 @@ def _pause(typingctx: Any, microseconds: Any) -> Any:
     return types.int64(types.int64), body
 
 
-@intrinsic
 def _thread_id(typingctx: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(builder, "pthread_self", _I64, [], [])
@@ -94,44 +88,38 @@ def _thread_id(typingctx: Any) -> Any:
     return types.int64(), body
 
 
+@emitted_by(_allocate_blocks)
 def allocate_blocks(descriptor: int, offset: int, size: int) -> int:
     """Have the disk promise a file's blocks, so that no write to them can fail; 0, or an errno."""
     return int(_libc.posix_fallocate(descriptor, offset, size))
 
 
+@emitted_by(_map_shared)
 def map_shared(descriptor: int, offset: int, size: int) -> int:
     """Map part of a file for reading and writing; the address, or FAILED."""
     return int(_libc.mmap(0, size, _READ_WRITE, _SHARED, descriptor, offset))
 
 
+@emitted_by(_populate)
 def populate(address: int, size: int) -> int:
     """Have mapped pages ready to be written; not 0 if the system cannot, which only costs time later."""
     return int(_libc.madvise(address, size, _MADV_POPULATE_WRITE))
 
 
+@emitted_by(_unmap)
 def unmap(address: int, size: int) -> int:
     """Undo `map_shared`."""
     forget_views(address, size)
     return int(_libc.munmap(address, size))
 
 
+@emitted_by(_pause)
 def pause(microseconds: int) -> int:
     """Sleep, at most a second."""
     return int(_libc.usleep(microseconds))
 
 
+@emitted_by(_thread_id)
 def thread_id() -> int:
     """This thread's id (``pthread_self``); one that has ended may leave its id to another."""
     return int(_libc.pthread_self())
-
-
-overload(allocate_blocks)(
-    lambda descriptor, offset, size: lambda descriptor, offset, size: _allocate_blocks(descriptor, offset, size)
-)
-overload(map_shared)(
-    lambda descriptor, offset, size: lambda descriptor, offset, size: _map_shared(descriptor, offset, size)
-)
-overload(populate)(lambda address, size: lambda address, size: _populate(address, size))
-overload(unmap)(lambda address, size: lambda address, size: _unmap(address, size))
-overload(pause)(lambda microseconds: lambda microseconds: _pause(microseconds))
-overload(thread_id)(lambda: lambda: _thread_id())

@@ -33,8 +33,10 @@ from atomics import UINT, MemoryOrder, OpType, atomicview
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, overload, type_callable
+from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import make_array, populate_array
+
+from shmroute.shared.emitted import emitted_by
 
 COMPILED = not numba.config.DISABLE_JIT
 """Whether kernels are compiled in this process (not under ``NUMBA_DISABLE_JIT=1``)."""
@@ -93,7 +95,6 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 _ORDER = ir.Constant(_I32, _SEQ_CST)
 
 
-@intrinsic
 def _load(typingctx: Any, address: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         cell = cgutils.alloca_once(builder, _I64)
@@ -104,7 +105,6 @@ def _load(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), body
 
 
-@intrinsic
 def _store(typingctx: Any, address: Any, value: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _PTR)
@@ -114,7 +114,6 @@ def _store(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64), body
 
 
-@intrinsic
 def _cas(typingctx: Any, address: Any, expected: Any, desired: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _PTR)
@@ -125,10 +124,9 @@ def _cas(typingctx: Any, address: Any, expected: Any, desired: Any) -> Any:
     return types.boolean(types.int64, types.int64, types.int64), body
 
 
-def _fetch_intrinsic(name: str) -> Any:
-    """The intrinsic of an operation that takes an operand and returns the word's former value."""
+def _fetching(name: str) -> Any:
+    """The emitter of an operation that takes an operand and returns the word's former value."""
 
-    @intrinsic
     def fetch(typingctx: Any, address: Any, operand: Any) -> Any:
         def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             cell = cgutils.alloca_once(builder, _I64)
@@ -142,16 +140,15 @@ def _fetch_intrinsic(name: str) -> Any:
     return fetch
 
 
-_exchange = _fetch_intrinsic("exchange")
-_fetch_add = _fetch_intrinsic("fetch_add")
-_fetch_and = _fetch_intrinsic("fetch_and")
-_fetch_or = _fetch_intrinsic("fetch_or")
+_exchange = _fetching("exchange")
+_fetch_add = _fetching("fetch_add")
+_fetch_and = _fetching("fetch_and")
+_fetch_or = _fetching("fetch_or")
 
 
 _FOR_WRITING, _KEPT, _DATA = (ir.Constant(_I32, value) for value in (1, 3, 1))
 
 
-@intrinsic
 def _fetch_line(typingctx: Any, address: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [_PTR, _I32, _I32, _I32])
@@ -162,7 +159,6 @@ def _fetch_line(typingctx: Any, address: Any) -> Any:
     return types.void(types.int64), body
 
 
-@intrinsic
 def _monotonic_ns(typingctx: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         timespec = ir.LiteralStructType([_I64, _I64])
@@ -178,7 +174,6 @@ def _monotonic_ns(typingctx: Any) -> Any:
     return types.int64(), body
 
 
-@intrinsic
 def _cycle_count(typingctx: Any) -> Any:
     def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_I64, [])
@@ -187,7 +182,21 @@ def _cycle_count(typingctx: Any) -> Any:
     return types.int64(), body
 
 
-# ------------------------------------------------------------------ interpreted bodies
+def _signed(typingctx: Any, value: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return types.int64(types.int64), body
+
+
+def _address_of(typingctx: Any, array: Any) -> Any:
+    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(make_array(array)(context, builder, args[0]).data, _I64)
+
+    return types.int64(array), body
+
+
+# ------------------------------------------------------------------ interpreted bodies, and which is which
 
 
 class Machine(Protocol):
@@ -227,6 +236,7 @@ def forget_views(start: int, size: int) -> None:
 atexit.register(forget_views, 0, 1 << 64)
 
 
+@emitted_by(_signed)
 def signed(value: int) -> int:
     """`value` modulo 2^64, as the signed integer of the same bits. In compiled code words are that already."""
     value = int(value) & _MASK
@@ -275,41 +285,49 @@ def interpreted_by(machine: Machine) -> Iterator[None]:
         _machine = former
 
 
+@emitted_by(_load)
 def load(address: int) -> int:
     """The word at `address`."""
     return _machine.load(address)
 
 
+@emitted_by(_store)
 def store(address: int, value: int) -> None:
     """Set the word at `address`."""
     _machine.store(address, value)
 
 
+@emitted_by(_exchange)
 def exchange(address: int, value: int) -> int:
     """Set the word at `address` and return what it was."""
     return _machine.exchange(address, value)
 
 
+@emitted_by(_cas)
 def cas(address: int, expected: int, desired: int) -> bool:
     """If the word at `address` is `expected`, make it `desired`; whether it was."""
     return _machine.cas(address, expected, desired)
 
 
+@emitted_by(_fetch_add)
 def fetch_add(address: int, value: int) -> int:
     """Add to the word at `address`, modulo 2^64, and return what it was."""
     return _machine.fetch_add(address, value)
 
 
+@emitted_by(_fetch_and)
 def fetch_and(address: int, mask: int) -> int:
     """And the word at `address` with `mask` and return what it was."""
     return _machine.fetch_and(address, mask)
 
 
+@emitted_by(_fetch_or)
 def fetch_or(address: int, mask: int) -> int:
     """Or the word at `address` with `mask` and return what it was."""
     return _machine.fetch_or(address, mask)
 
 
+@emitted_by(_fetch_line)
 def fetch_line(address: int) -> None:
     """Have the processor fetch the line of `address`, to change it soon: a hint, and no operation on the word.
 
@@ -317,11 +335,13 @@ def fetch_line(address: int) -> None:
     """
 
 
+@emitted_by(_monotonic_ns)
 def monotonic_ns() -> int:
     """CLOCK_MONOTONIC in nanoseconds: one clock for all processes of a host."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
+@emitted_by(_cycle_count)
 def cycle_count() -> int:
     """The processor's time-stamp counter (`shmroute.shared.stopwatch` says when it may be used); compiled only."""
     raise NotImplementedError("only compiled kernels read the time-stamp counter")
@@ -351,33 +371,17 @@ def f32_array(address: int, count: int) -> npt.NDArray[np.float32]:
     return _array(address, count, ctypes.c_float, np.float32)
 
 
+@emitted_by(_address_of)
 def address_of(array: npt.NDArray[Any]) -> int:
     """Where an array's first element is, signed as all words are: Numba has it unsigned."""
     return int(array.ctypes.data)
 
 
-# ------------------------------------------------------------------ which body where
-
-# In compiled code a call to the function on the left is the intrinsic on the right.
-overload(address_of)(lambda array: lambda array: np.int64(array.ctypes.data))
-overload(signed)(lambda value: lambda value: value)
-overload(load)(lambda address: lambda address: _load(address))
-overload(store)(lambda address, value: lambda address, value: _store(address, value))
-overload(exchange)(lambda address, value: lambda address, value: _exchange(address, value))
-overload(cas)(lambda address, expected, desired: lambda address, expected, desired: _cas(address, expected, desired))
-overload(fetch_add)(lambda address, value: lambda address, value: _fetch_add(address, value))
-overload(fetch_and)(lambda address, mask: lambda address, mask: _fetch_and(address, mask))
-overload(fetch_or)(lambda address, mask: lambda address, mask: _fetch_or(address, mask))
-overload(fetch_line)(lambda address: lambda address: _fetch_line(address))
-overload(cycle_count)(lambda: lambda: _cycle_count())
-overload(monotonic_ns)(lambda: lambda: _monotonic_ns())
-
-
 def _compile_array(function: Any, element: Any) -> None:
     """Make `function(address, count)` an array over that memory, in compiled code.
 
-    Not by `numba.carray`: kernels are compiled without Numba's memory management (`shmroute.shared.kernel`), and there
-    a function, which an `overload` is, may not return an array.
+    Not by `numba.carray`, which is a function of its own to Numba: kernels are compiled without Numba's memory
+    management (`shmroute.shared.kernel`), and there a function may not return an array.
     """
     array_type = types.Array(element, 1, "C")
 

@@ -10,41 +10,39 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+
+from shmroute.shared.emitted import emitted_by
 
 _I64 = ir.IntType(64)
 _TRUE = ir.Constant(ir.IntType(1), 1)
 
 
+def _of_a_word(build: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """An emitter for one word, by what `build` makes of a builder and the word."""
+
+    def emit(typingctx: Any, word: Any) -> Any:
+        def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return build(builder, args[0])
+
+        return types.int64(types.int64), body
+
+    return emit
+
+
+@emitted_by(_of_a_word(lambda builder, word: builder.ctpop(word)))
 def count_bits(word: int) -> int:
     """How many bits of a word are set."""
     return (int(word) & (1 << 64) - 1).bit_count()
 
 
+@emitted_by(_of_a_word(lambda builder, word: builder.cttz(word, _TRUE)))
 def lowest_bit(word: int) -> int:
     """The position of the lowest bit that is set, of which there must be one."""
     word = int(word)
     return (word & -word).bit_length() - 1
 
 
+@emitted_by(_of_a_word(lambda builder, word: builder.sub(ir.Constant(_I64, 64), builder.ctlz(word, _TRUE))))
 def bit_length(word: int) -> int:
     """The bits that a positive number needs."""
     return int(word).bit_length()
-
-
-def _compile(function: Callable[[int], int], build: Callable[[Any, Any], Any]) -> None:
-    """In compiled code a call to `function` is what `build` emits."""
-
-    @intrinsic
-    def emitted(typingctx: Any, word: Any) -> Any:
-        def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return build(builder, args[0])
-
-        return types.int64(types.int64), body
-
-    overload(function, jit_options={"forceinline": True})(lambda word: lambda word: emitted(word))
-
-
-_compile(count_bits, lambda builder, word: builder.ctpop(word))
-_compile(lowest_bit, lambda builder, word: builder.cttz(word, _TRUE))
-_compile(bit_length, lambda builder, word: builder.sub(ir.Constant(_I64, 64), builder.ctlz(word, _TRUE)))
