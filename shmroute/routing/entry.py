@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from shmroute.routing import plan_words as p
 from shmroute.routing.codes import BAD_ARRAY, RING_BELL
 from shmroute.routing.plan import Plan
-from shmroute.routing.route import route
+from shmroute.routing.route import route, route_at
 from shmroute.routing.vectors import id_at, word_at
 from shmroute.shared.atomic import COMPILED, WORD
 from shmroute.shared.kernel import c_function, inlined, kernel
@@ -153,10 +153,11 @@ def _route_arrays(plan: int, logits: int, experts: int, weights: int) -> int:
     logits_at, experts_at, weights_at = (
         word_at(logits + ARRAY_DATA), word_at(experts + ARRAY_DATA), word_at(weights + ARRAY_DATA),
     )  # fmt: skip
+    function = word_at(plan + p.ROUTE * WORD)
     if tokens == 1:
-        return route(plan, logits_at, experts_at, weights_at, tokens)
+        return route_at(function, plan, logits_at, experts_at, weights_at, tokens)
     thread = _release_gil()
-    code = route(plan, logits_at, experts_at, weights_at, tokens)
+    code = route_at(function, plan, logits_at, experts_at, weights_at, tokens)
     _retake_gil(thread)
     return code
 
@@ -222,6 +223,7 @@ def bind(plan: Plan, fallback: Callable[..., int], finish: Callable[[int], int])
     plan.words[p.ARRAY_TYPE] = id(np.ndarray)
     plan.words[p.FLOAT32], plan.words[p.INT32] = id(np.dtype(np.float32)), id(np.dtype(np.int32))
     plan.words[p.FALLBACK], plan.words[p.FINISH] = id(fallback), id(finish)
+    plan.words[p.ROUTE] = c_function(route)
     make = ctypes.pythonapi.PyCFunction_NewEx
     make.argtypes, make.restype = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p), ctypes.py_object
     function: Callable[..., int] = make(ctypes.addressof(_definition()), words, None)

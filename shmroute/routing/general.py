@@ -6,11 +6,7 @@ with every kernel that routes, and that took longer than all else together.
 
 from __future__ import annotations
 
-from typing import Any
-
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
 
 from shmroute.routing import plan_words as p
 from shmroute.routing.publication import fetch_lines, refuse, take_chosen
@@ -18,6 +14,7 @@ from shmroute.routing.rules import choose_by_rule, model_weights
 from shmroute.routing.selection import ID, count_resident
 from shmroute.routing.spread import give_spread, take_spread
 from shmroute.shared.atomic import i64_array
+from shmroute.shared.emitted import call_at, emitted_by
 from shmroute.shared.kernel import kernel
 from shmroute.shared.words import unpack_bonus
 
@@ -47,27 +44,7 @@ def choose_generally(plan: int, logits_at: int, experts_at: int, weights_at: int
     return 0
 
 
-@intrinsic
-def _call_at(typingctx: Any, address: Any, plan: Any, logits: Any, experts: Any, weights: Any, tokens: Any) -> Any:
-    word = ir.IntType(64)
-
-    def body(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = builder.inttoptr(args[0], ir.FunctionType(word, [word] * 5).as_pointer())
-        return builder.call(function, args[1:])
-
-    return types.int64(*[types.int64] * 6), body
-
-
+@emitted_by(call_at)
 def choose_generally_at(address: int, plan: int, logits: int, experts: int, weights: int, tokens: int) -> int:
     """`choose_generally`, by the address that `c_function` gives; interpreted, the function itself."""
     return choose_generally(plan, logits, experts, weights, tokens)
-
-
-# In compiled code a call to the former is the latter.
-overload(choose_generally_at)(
-    lambda address, plan, logits, experts, weights, tokens: (
-        lambda address, plan, logits, experts, weights, tokens: _call_at(
-            address, plan, logits, experts, weights, tokens
-        )
-    )
-)

@@ -90,7 +90,8 @@ TRAIL: Final = 74  # the worker's memory, see `shmroute.shared.successors`; 0 if
 SUCCESSORS: Final = 75  # that table, and bytes of a layer
 SUCCESSOR_ROW_BYTES: Final = 76
 NUM_LAYERS: Final = 77
-PLAN_WORDS: Final = 78
+ROUTE: Final = 78  # where `route` is
+PLAN_WORDS: Final = 79
 
 # Float64 at PARAMETERS.
 BOOST: Final = 0

@@ -21,7 +21,7 @@ from numba import types
 
 from shmroute.recording.append import append_route
 from shmroute.routing import plan_words as p
-from shmroute.routing.codes import BAD_ARRAY, BUSY, REFUSED, RING_BELL
+from shmroute.routing.codes import BUSY, REFUSED, RING_BELL
 from shmroute.routing.general import choose_generally_at
 from shmroute.routing.publication import fetch_lines, publish, refuse, take_chosen, take_turn
 from shmroute.routing.quality_budget import BY_MASS, observe
@@ -42,6 +42,7 @@ from shmroute.routing.vectors import id_at, word_at
 from shmroute.shared.atomic import WORD, address_of, cas, fetch_add, i64_array, load, store
 from shmroute.shared.bell import heard
 from shmroute.shared.bits import count_bits
+from shmroute.shared.emitted import call_at, emitted_by
 from shmroute.shared.experts import QUEUE
 from shmroute.shared.kernel import inlined, inner, kernel
 from shmroute.shared.metrics import LaneCounter, record_duration
@@ -206,7 +207,7 @@ def _record(words: npt.NDArray[np.int64], experts_at: int, tokens: int) -> int:
     return code
 
 
-@inner
+@kernel(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64))
 def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
     """Route `tokens` tokens by a plan: the pairs that missed, or an error code.
 
@@ -240,37 +241,15 @@ def route(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: i
     return code
 
 
-@inner
-def _route_aligned(plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
-    """`route`, unless an array is not aligned: Numba's types do not tell."""
-    if (logits_at | experts_at | weights_at) & 3:
-        return BAD_ARRAY
+@emitted_by(call_at)
+def route_at(address: int, plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int) -> int:
+    """`route`, by the address that `c_function` gives; interpreted, the function itself."""
     return route(plan, logits_at, experts_at, weights_at, tokens)
 
 
-_FLOATS_1D, _INTS_1D = types.float32[::1], types.int32[::1]
-_FLOATS_2D, _INTS_2D = types.float32[:, ::1], types.int32[:, ::1]
-
-
-@kernel(types.int64(types.int64, _FLOATS_1D, _INTS_1D, _FLOATS_1D))
-def route_token(
+def route_rows(
     plan: int, logits: npt.NDArray[np.float32], experts: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]
 ) -> int:
-    """`route` for one token: float32 [E], int32 [k], float32 [k]."""
-    words = i64_array(plan, p.PLAN_WORDS)
-    k = words[p.TOP_K]
-    if logits.shape[0] != words[p.NUM_EXPERTS] or experts.shape[0] != k or weights.shape[0] != k:
-        return BAD_ARRAY
-    return _route_aligned(plan, address_of(logits), address_of(experts), address_of(weights), 1)
-
-
-@kernel(types.int64(types.int64, _FLOATS_2D, _INTS_2D, _FLOATS_2D))
-def route_batch(
-    plan: int, logits: npt.NDArray[np.float32], experts: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]
-) -> int:
-    """`route` for a batch: float32 [T, E], int32 [T, k], float32 [T, k]."""
-    words = i64_array(plan, p.PLAN_WORDS)
-    k, tokens = words[p.TOP_K], logits.shape[0]
-    if logits.shape[1] != words[p.NUM_EXPERTS] or experts.shape != (tokens, k) or weights.shape != (tokens, k):
-        return BAD_ARRAY
-    return _route_aligned(plan, address_of(logits), address_of(experts), address_of(weights), tokens)
+    """`route` from Python: [E] or [T, E], [k] or [T, k] twice, of which the caller knows that they are fit for it."""
+    tokens = 1 if logits.ndim == 1 else len(logits)
+    return int(route(plan, address_of(logits), address_of(experts), address_of(weights), tokens))

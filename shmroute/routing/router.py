@@ -15,12 +15,11 @@ from shmroute.attachment import Attachment
 from shmroute.errors import NonFiniteLogitsError
 from shmroute.recording.recorder import recorder_of
 from shmroute.routing import plan_words as p
-from shmroute.routing.codes import BAD_ARRAY, BUSY, NOT_FINITE, REFUSED, RING_BELL
+from shmroute.routing.codes import NOT_FINITE, REFUSED, RING_BELL
 from shmroute.routing.entry import bind
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
-from shmroute.routing.route import route_batch, route_token
-from shmroute.shared.atomic import COMPILED
+from shmroute.routing.route import route_rows
 from shmroute.shared.layout import LINE
 from shmroute.shared.requests import PagingRequest
 from shmroute.shared.words import pack_bonus, unpack_bonus
@@ -79,7 +78,6 @@ class MemoryAwareRouter:
                 plan.words[p.TRACE] = recorder.address
                 plan.words[p.MOST_PENDING] = 0  # a record tells its token's tick, so all are taken at once
         # The hot path takes the first plan without a lock; whoever finds it busy queues for the second.
-        self._address = self._hot.address
         self._second_mutex = threading.Lock()
         if config.router.scoring == "sigmoid" and config.source is not None:
             bias = attachment.source().correction_bias(layer)
@@ -88,7 +86,7 @@ class MemoryAwareRouter:
         self._bonus = attachment.segment.layout.bonus + layer * LINE
         attachment.before_close(self._close)
         attachment.records_late(layer, self._publish)
-        if (function := bind(self._hot, self._route_checked, self._finish_hot)) is not None:
+        if (function := bind(self._hot, self.route_into, self._finish_hot)) is not None:
             vars(self)["route_into"] = function  # in place of the method, which does the same more slowly
         _routers.add(self)
 
@@ -162,7 +160,7 @@ class MemoryAwareRouter:
         shape = (*logits.shape[:-1], self._top_k)
         experts, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
         with self._second_mutex:
-            misses = self._finish(self._call(self._second, logits, experts, weights), self._second)
+            misses = self._finish(route_rows(self._second.address, logits, experts, weights), self._second)
             words = self._second.queued[: self._second.words[p.QUEUED_COUNT]].tolist()
         return RoutingDecision(experts, weights, experts.size - misses, [PagingRequest.unpack(word) for word in words])
 
@@ -191,23 +189,8 @@ class MemoryAwareRouter:
         ValueError, NonFiniteLogitsError, RuntimeClosedError
             As `route`.
         """
-        if not COMPILED:
-            return self._route_checked(logits, experts, weights)
-        try:
-            kernel = route_token if logits.ndim == 1 else route_batch
-            code = kernel(self._address, logits, experts, weights)
-        except (TypeError, AttributeError):  # an argument of another type than the kernel's
-            return self._route_checked(logits, experts, weights)
-        if 0 <= code < RING_BELL:
-            return code
-        if code in (BAD_ARRAY, BUSY, NOT_FINITE):  # the last once more, where no other thread changes what it says
-            return self._route_checked(logits, experts, weights)
-        return self._finish(code, self._hot)
-
-    # ---------------------------------------------------------- the slow way round
-
-    def _route_checked(self, logits: Any, experts: Any, weights: Any) -> int:
-        """`route_into` for arguments that the kernel refused, or a plan that is in use."""
+        # What `bind` made goes before this method, and calls it for arguments that want a closer look, or if the first
+        # plan is in use.
         logits = self._checked_logits(logits)
         shape = (*logits.shape[:-1], self._top_k)
         for name, array, dtype in (("experts", experts, np.int32), ("weights", weights, np.float32)):
@@ -216,17 +199,9 @@ class MemoryAwareRouter:
             if not array.flags.c_contiguous or not array.flags.writeable or not array.flags.aligned:
                 raise ValueError(f"{name} must be a contiguous, aligned, writable array")
         with self._second_mutex:
-            return self._finish(self._call(self._second, logits, experts, weights), self._second)
+            return self._finish(route_rows(self._second.address, logits, experts, weights), self._second)
 
-    def _call(
-        self,
-        plan: Plan,
-        logits: npt.NDArray[np.float32],
-        experts: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
-    ) -> int:
-        kernel = route_token if logits.ndim == 1 else route_batch
-        return int(kernel(plan.address, logits, experts, weights))
+    # ---------------------------------------------------------- the slow way round
 
     def _checked_logits(self, logits: Any) -> npt.NDArray[np.float32]:
         """The logits as a contiguous array, copied if need be."""

@@ -17,7 +17,7 @@ from shmroute.errors import ConfigError
 from shmroute.routing import MemoryAwareRouter
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.quality_budget import MOST, START, period_of
-from shmroute.routing.route import route_batch
+from shmroute.routing.route import route_rows
 from shmroute.runtime import Runtime
 from shmroute.shared.layout import BONUS_CONTROL, LINE
 from shmroute.shared.words import control_adjustments
@@ -103,7 +103,7 @@ class Stream:
         for number, first in enumerate(range(0, len(logits), batch)):
             rows = logits[first : first + batch] * np.float32(self.scale)
             experts, weights = np.empty((len(rows), self.k), np.int32), np.empty((len(rows), self.k), np.float32)
-            assert route_batch(self._plans[number % len(self._plans)].address, rows, experts, weights) >= 0
+            assert route_rows(self._plans[number % len(self._plans)].address, rows, experts, weights) >= 0
 
 
 CASES = [(8, 2, 0.05, "changed"), (64, 6, 0.02, "changed"), (8, 2, 0.01, "lost-mass"), (64, 6, 0.01, "lost-mass")]

@@ -28,7 +28,7 @@ from shmroute.config import AffinityConfig, RouterConfig, RuntimeConfig
 from shmroute.routing import plan_words as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
-from shmroute.routing.route import route_batch
+from shmroute.routing.route import route_rows
 from shmroute.shared import atomic
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
@@ -145,7 +145,7 @@ class Affinity(World):
             logits[np.arange(len(experts)), experts] = 1.0
             chosen, weights = np.empty((len(experts), 1), np.int32), np.empty((len(experts), 1), np.float32)
             self._unpublished[number].extend(experts)
-            code = route_batch(plan.address, logits, chosen, weights)
+            code = route_rows(plan.address, logits, chosen, weights)
             require(code >= 0, f"routing refused with {code}")
             late = len(self._unpublished[number])
             require(late < max(self.put_off, 1), f"worker {number} has put off {late} tokens")
