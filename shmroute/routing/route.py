@@ -91,7 +91,7 @@ def _account_for_change(words: npt.NDArray[np.int64], row_at: int, last: int, be
     return count_after(row_at, words[p.CHOSEN], k, id_at(own_at + (k - 1) * ID))
 
 
-@inner
+@inlined
 def _choose_plainly(
     words: npt.NDArray[np.int64], bonus: float, logits_at: int, experts_at: int, weights_at: int, tokens: int
 ) -> int:
@@ -136,7 +136,10 @@ def _choose(
         words[p.STRENGTH] = load(words[p.BONUS])
     if words[p.GENERAL] != 0:
         return choose_generally_at(words[p.GENERAL], plan, logits_at, experts_at, weights_at, tokens)
-    return _choose_plainly(words, unpack_bonus(words[p.STRENGTH]), logits_at, experts_at, weights_at, tokens)
+    bonus = unpack_bonus(words[p.STRENGTH])
+    if tokens == 1:  # compiled for one token by itself
+        return _choose_plainly(words, bonus, logits_at, experts_at, weights_at, 1)
+    return _choose_plainly(words, bonus, logits_at, experts_at, weights_at, tokens)
 
 
 @inner
