@@ -80,7 +80,7 @@ class HuggingFaceSource:
     Notes
     -----
     Everything is checked when the source is opened, except the weights' own bytes. Opening reads all headers
-    (about 0.5 s for 61 layers of 256 experts) and keeps 36 bytes per expert, some 600 more for each that was
+    (about 0.5 s for 61 layers of 256 experts) and keeps some 40 bytes per expert, some 600 more for each that was
     read, and one descriptor for each file that holds experts or routers: up to some hundreds, so mind
     ``ulimit -n``.
 
