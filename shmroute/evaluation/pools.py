@@ -20,7 +20,8 @@ from shmroute.config import RuntimeConfig
 from shmroute.errors import NonFiniteLogitsError
 from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
-from shmroute.pager.eviction.victims import Eviction, admit, find_victim
+from shmroute.pager.eviction.policy import Eviction
+from shmroute.pager.eviction.victims import admit, find_victim
 from shmroute.replay.memory import PrivateTables
 from shmroute.routing import plan_words as p
 from shmroute.routing.codes import NOT_FINITE

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numba import types
 
 from shmroute.config import PagerConfig
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch.arbiter import Arbiter
 from shmroute.replay.accesses import Accesses
 from shmroute.replay.channel import Channel, Load

@@ -16,7 +16,8 @@ from numba import types
 from shmroute.config import PagerConfig
 from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
-from shmroute.pager.eviction.victims import Eviction, admit, find_victim
+from shmroute.pager.eviction.policy import Eviction
+from shmroute.pager.eviction.victims import admit, find_victim
 from shmroute.replay.accesses import Accesses
 from shmroute.replay.memory import PrivateTables
 from shmroute.replay.publishing import publish

@@ -22,7 +22,7 @@ from shmroute.metrics import read_metrics
 from shmroute.pager import daemon
 from shmroute.pager import slots as slots_module
 from shmroute.pager.daemon import Pager
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.table import ExpertTable
 from shmroute.pager.waiters import Waiters, awaited_by_lane
 from shmroute.pager_lock import PagerLock

@@ -18,7 +18,7 @@ from shmroute.pager.eviction.next_use import (
     rank_factor,
     tokens_until_use,
 )
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
 from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE

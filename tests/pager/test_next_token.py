@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from shmroute.pager.eviction import victims
+from shmroute.pager.eviction import policy
 from shmroute.pager.eviction.history import IDLE_CYCLES, SLOW_RATE
 from shmroute.pager.eviction.next_token import LEAST_LIFT, LEAST_SHARE, MOST_FOLLOWED, SHARE_WEIGHT, lift_of
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.shared.affinity import power_table
 from shmroute.shared.layout import LANE_CURSOR, LANE_IDENTITY, LINE
 from shmroute.shared.segment import Segment
@@ -110,7 +110,7 @@ def test_the_lift_is_that_of_what_followed_in_the_same_workers_tokens(pager: Pag
 
 
 def test_of_too_many_experts_nothing_is_foretold(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(victims, "MOST_PAIRS", LAYERS * EXPERTS**2 - 1)
+    monkeypatch.setattr(policy, "MOST_PAIRS", LAYERS * EXPERTS**2 - 1)
     pager = Pager(segment)
     for token in range(9):
         pager.route(0, token % LAYERS, (0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch.affinity import LOWEST
 from shmroute.pager.prefetch.candidates import find_candidates, layers_until_use
 from shmroute.shared.affinity import power_table

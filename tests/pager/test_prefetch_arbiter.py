@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from shmroute.config import PagerConfig
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch.arbiter import LEAST_PRECISION, Arbiter
 from shmroute.pager.prefetch.balance import DEBT, MEMORY, Balance
 from shmroute.pager.prefetch.record import PRIOR

@@ -28,7 +28,7 @@ from typing import Final
 
 import numpy as np
 
-from shmroute.pager.eviction.victims import Eviction
+from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch import names
 from shmroute.pager.prefetch.balance import Balance
 from shmroute.pager.prefetch.candidates import find_candidates, layers_until_use

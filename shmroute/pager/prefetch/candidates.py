@@ -9,7 +9,7 @@ from numba import types
 from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.next_token import lift_of
 from shmroute.pager.eviction.next_use import rank_by_odds, tokens_until_use
-from shmroute.pager.eviction.victims import last_use
+from shmroute.pager.eviction.worth import last_use
 from shmroute.pager.prefetch.affinity import score_by_affinity
 from shmroute.pager.prefetch.previous_token import score_by_previous_token
 from shmroute.pager.prefetch.transitions import score_by_transitions
