@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, quality_budget, recording, ring, spread
+from . import (
+    affinity,
+    bell,
+    lanes,
+    leases,
+    lifecycle,
+    metrics,
+    paging,
+    quality_budget,
+    recording,
+    residency,
+    ring,
+    spread,
+)
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -21,6 +34,7 @@ WORLDS: dict[str, type[World]] = {
     "affinity-wrapped": affinity.AffinityWrapped,
     "spread": spread.Spread,
     "leases": leases.Leases,
+    "residency": residency.Residency,
     "lanes": lanes.Lanes,
     "lanes-reaped": lanes.LanesReaped,
     "lanes-inherited": lanes.LanesInherited,
