@@ -247,7 +247,6 @@ class Pager:
             return False
         awaited = self._waiters.keys()
         self._slots.eviction.observe()
-        evictions, page_outs = self._slots.evictions, self._slots.page_outs
         hungry = False
         while chosen is not None:
             key, priority = chosen
@@ -262,24 +261,25 @@ class Pager:
                     hungry = self._loader.idle > 0
                     break
             chosen = self._next_load(wanted)
-        self._count(PagerCounter.EVICTIONS, self._slots.evictions - evictions)
-        self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
         return hungry
 
     def _start(self, key: int, priority: int, awaited: npt.NDArray[np.int64]) -> bool:
         """Give one load to the I/O threads; False if there is no slot for it."""
-        evictions = self._slots.evictions
+        evictions, page_outs = self._slots.evictions, self._slots.page_outs
         slot = self._slots.take(
             awaited, functools.partial(self._prefetch.may_replace, key) if priority == PREFETCH else None
         )
         if slot is None:
             return False
+        evicted = self._slots.evictions - evictions
+        self._count(PagerCounter.EVICTIONS, evicted)  # before the load that they made room for can be seen
+        self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
         entry = self._queue.remove(key)
         assert entry is not None, "what is chosen is queued"
         self._slots.loading(slot)
         layer, expert = self._table.split(key)
         buffer = self._pool.writable(slot)
-        self._loader.submit(Load(key, layer, expert, slot, priority, buffer, entry, self._slots.evictions - evictions))
+        self._loader.submit(Load(key, layer, expert, slot, priority, buffer, entry, evicted))
         return True
 
     def _promote(self, key: int, priority: int) -> None:
