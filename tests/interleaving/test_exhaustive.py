@@ -28,6 +28,7 @@ MANY = 2_000_000
         ("leases", 2, 0, False),
         ("leases", 1, 1, False),
         ("leases", 3, 1, True),
+        ("cancellation", 3, 1, False),
         ("residency", 2, 0, False),
         ("residency", 1, 1, False),
         ("residency", 3, 1, True),

@@ -115,7 +115,7 @@ LEASES = (
                 "        if expert_state(word) != REQUESTED:",
             ),
         ),
-        ("hints",),
+        ("cancellation",),
     ),
     Mutant(
         "the reason after the word",
