@@ -1,8 +1,9 @@
-"""The pager: one loop that drains the ring, publishes what was loaded, starts what is wanted, sweeps and sleeps.
+"""The pager: one loop that drains the ring, starts what is wanted, takes note of what was loaded, sweeps and sleeps.
 
-Everything but reading files happens in the main thread, which alone decides which slot an expert gets, and writes the
-bitmap and the expert words' RESIDENT and FAILED states. An I/O thread that comes to a load sets LOADING: until then the
-expert is REQUESTED, and another may overtake it.
+The main thread alone decides which slot an expert gets, what is evicted for it, and which failed. An I/O thread that
+comes to a load sets LOADING: until then the expert is REQUESTED, and another may overtake it. When it has read the
+expert it publishes it and wakes who waits for it, and only then tells the main thread, which is woken for that only if
+there may be something for it to start: who waits for a load waits for no other thread than the one that reads it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from shmroute.failures import ChecksumMismatch, classify
 from shmroute.pager.loader import Load, Loader
 from shmroute.pager.prefetch.arbiter import Arbiter
 from shmroute.pager.prefetch.usage import MeasuredUsage
-from shmroute.pager.publishing import Publisher, charge
+from shmroute.pager.publishing import DIFFERS, Publisher, charge
 from shmroute.pager.queue import AWAITED, LoadQueue
 from shmroute.pager.reaper import Reaper
 from shmroute.pager.slots import Slots
 from shmroute.pager.table import ExpertTable
-from shmroute.pager.waiters import Waiters, open_semaphore
+from shmroute.pager.waiters import Waiters, each_lane, open_semaphore
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD
 from shmroute.shared.bell import arm, disarm, ring
@@ -107,6 +108,7 @@ class Pager:
             segment.config.slots // SHARE_AT_HAND,
             self._settings.drop_page_cache,
             self._begin_load,
+            self._publish,
             self._load_ended,
         )
         self._take_over()
@@ -164,9 +166,9 @@ class Pager:
         self._semaphore.drain()
 
     def _has_work(self, hungry: bool) -> bool:
-        """Whether there is something to do, looked at once more after arming."""
+        """Whether there is something to do, looked at once more after arming. (bell-A)"""
         return bool(
-            (self._loader.has_completed and self._loader.runs_low)
+            (self._loader.has_completed and (self._wants_to_start_more() or self._loader.has_unpublished))
             or ring_has_work(self._segment.address + self._layout.ring, self._layout.ring_bits)
             or (hungry and self._loader.idle and self._slots.can_evict(self._waiters.keys()))
         )
@@ -234,17 +236,17 @@ class Pager:
 
     # ---------------------------------------------------------- loads
 
-    def _dispatch(self, wanted: list[int]) -> bool:
+    def _dispatch(self, wanted: dict[int, int]) -> bool:
         """Give loads to the I/O threads, `wanted` keys first; whether a thread is idle since a demand found no slot."""
-        for key in wanted:
+        for key, lane in wanted.items():
             if key in self._loader:
+                self._asked_by.setdefault(key, lane)
                 self._promote(key, AWAITED)
         chosen = self._next_load(wanted)
         if chosen is None:
             return False
         awaited = self._waiters.keys()
         self._slots.eviction.observe()
-        evictions, page_outs = self._slots.evictions, self._slots.page_outs
         hungry = False
         while chosen is not None:
             key, priority = chosen
@@ -259,24 +261,25 @@ class Pager:
                     hungry = self._loader.idle > 0
                     break
             chosen = self._next_load(wanted)
-        self._count(PagerCounter.EVICTIONS, self._slots.evictions - evictions)
-        self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
         return hungry
 
     def _start(self, key: int, priority: int, awaited: npt.NDArray[np.int64]) -> bool:
         """Give one load to the I/O threads; False if there is no slot for it."""
-        evictions = self._slots.evictions
+        evictions, page_outs = self._slots.evictions, self._slots.page_outs
         slot = self._slots.take(
             awaited, functools.partial(self._prefetch.may_replace, key) if priority == PREFETCH else None
         )
         if slot is None:
             return False
+        evicted = self._slots.evictions - evictions
+        self._count(PagerCounter.EVICTIONS, evicted)  # before the load that they made room for can be seen
+        self._count(PagerCounter.PAGE_OUTS, self._slots.page_outs - page_outs)
         entry = self._queue.remove(key)
         assert entry is not None, "what is chosen is queued"
-        self._slots.loading(slot, key)
+        self._slots.loading(slot)
         layer, expert = self._table.split(key)
         buffer = self._pool.writable(slot)
-        self._loader.submit(Load(key, layer, expert, slot, priority, buffer, entry, self._slots.evictions - evictions))
+        self._loader.submit(Load(key, layer, expert, slot, priority, buffer, entry, evicted))
         return True
 
     def _promote(self, key: int, priority: int) -> None:
@@ -298,30 +301,47 @@ class Pager:
         """REQUESTED to LOADING, in an I/O thread; False if it is not REQUESTED any more."""
         return bool(begin_load(self._table.address(load.key), load.slot))
 
-    def _load_ended(self, load: Load) -> None:
-        """Wake the main thread, in the I/O thread that has done a load, unless that can wait for the next one's end.
+    def _publish(self, load: Load) -> None:
+        """Make a load visible and wake who waits for it, in the I/O thread that has read it.
 
-        It can while there is enough to do for the threads and nobody waits for this load: waking takes longer than
-        publishing. Who begins to wait after this look does so until the next one, which is soon, since threads are at
-        work, or until the next sweep, should they all be stuck.
+        Or note that its bytes are not those of the first one, which are trusted.
         """
-        if self._loader.runs_low or self._waiters.any_in(load.layer):
+        prefetched = load.priority == PREFETCH
+        if prefetched:
+            load.waiting = self._prefetch.waited(each_lane(self._waiters.lanes_in(load.layer)))
+        woken = self._publisher.publish(load.key, load.slot, load.checksum, load.ended_ns - load.began_ns, prefetched)
+        if woken == DIFFERS:
+            first = self._publisher.first_checksum(load.key)
+            self._count(PagerCounter.CHECKSUM_MISMATCHES)
+            load.error = ChecksumMismatch(
+                f"xxh3 {load.checksum & (1 << 64) - 1:016x}, first {first & (1 << 64) - 1:016x}"
+            )
+        elif woken:
+            self._waiters.wake(woken)
+
+    def _load_ended(self, load: Load) -> None:
+        """Wake the main thread, in the I/O thread that has done a load, if there is something for it to do. (bell-B)
+
+        Taking note of a load that was published can wait for whatever wakes it next: nobody waits for that.
+        """
+        if not load.good or self._wants_to_start_more():
             self.wake()
+
+    def _wants_to_start_more(self) -> bool:
+        """Whether the main thread, once it has taken note of a load's end, may have more for the I/O threads to do."""
+        return self._loader.runs_low and (len(self._queue) > 0 or self._settings.prefetch > 0)
 
     def _charge(self, load: Load) -> None:
         """Count a load, and what was evicted for it, for the worker that asked for it."""
         lane = self._asked_by.pop(load.key, NO_LANE)
-        if lane >= self._segment.config.max_workers:
-            waiting = self._waiters.lanes(load.key)
-            if not waiting:
-                return  # found by the sweep, or this pager's own idea
-            lane = waiting[0]
-        charge(self._segment.address + self._layout.lane(lane), load.evictions)
+        if lane < self._segment.config.max_workers:  # else it was found by the sweep, or this pager's own idea
+            charge(self._segment.address + self._layout.lane(lane), load.evictions)
 
-    def _next_load(self, wanted: list[int]) -> tuple[int, int] | None:
+    def _next_load(self, wanted: dict[int, int]) -> tuple[int, int] | None:
         """What to load next: experts that workers wait for, then the queue."""
-        for key in wanted:
+        for key, lane in wanted.items():
             if key not in self._loader and expert_state(self._table.word(key)) == REQUESTED:
+                self._asked_by.setdefault(key, lane)
                 if key not in self._queue:
                     self._enqueue(key, time.monotonic())  # a place to come back to
                 return key, AWAITED
@@ -340,9 +360,9 @@ class Pager:
         return None
 
     def _collect(self) -> None:
-        """Publish or fail every load that has ended, and wake who waits for them."""
-        ended = self._loader.completed()
-        for load in ended:
+        """Take note of every load that has ended; whoever waits for one that failed is woken."""
+        failed = set()
+        for load in self._loader.completed():
             if load.refused:
                 self._slots.give_back(load.slot)
                 self._prefetch.cancelled(load.key)
@@ -350,31 +370,21 @@ class Pager:
                 continue
             self._charge(load)
             if load.error is None:
-                self._publish(load)
-            if load.error is not None:
+                self._loaded(load)
+            else:
                 self._fail(load)
-        if ended:
-            self._waiters.wake({load.key for load in ended})
+                failed.add(load.layer)
+        self._waiters.wake_layers(failed)
 
-    def _publish(self, load: Load) -> None:
-        """Make a load visible, or note that its bytes are not those of the first one, which are trusted."""
-        key = load.key
-        duration = load.ended_ns - load.began_ns
-        known = self._publisher.publish(key, load.slot, load.checksum, duration, load.priority == PREFETCH)
-        if known:
-            self._count(PagerCounter.CHECKSUM_MISMATCHES)
-            load.error = ChecksumMismatch(
-                f"xxh3 {load.checksum & (1 << 64) - 1:016x}, first {known & (1 << 64) - 1:016x}"
-            )
-            return
-        self._failures.pop(key, None)
-        self._slots.loaded(load.slot, key)
-        seconds, now = duration / 1e9, time.monotonic()
+    def _loaded(self, load: Load) -> None:
+        """Take note of a load that was published."""
+        self._failures.pop(load.key, None)
+        self._slots.loaded(load.slot, load.key)
+        seconds, ended = (load.ended_ns - load.began_ns) / 1e9, load.ended_ns / 1e9
         prefetched = load.priority == PREFETCH
-        waiting = self._waiters.lanes_of_layer(load.layer) if prefetched else ()
-        self._prefetch.loaded(key, seconds, now, demanded=not prefetched, waiting=waiting)
-        if load.priority == PREFETCH and (waited := self._demand_waits(load, now)) > 0:
-            self._prefetch.delayed(key, min(waited, seconds))
+        self._prefetch.loaded(load.key, seconds, ended, demanded=not prefetched, waiting=load.waiting)
+        if prefetched and (waited := self._demand_waits(load, ended)) > 0:
+            self._prefetch.delayed(load.key, min(waited, seconds))
 
     def _demand_waits(self, load: Load, now: float) -> float:
         """How long the most wanted demand has been waiting that a load was before; 0 if there is none."""

@@ -1,8 +1,8 @@
-"""Loads: a few threads that read experts straight into their slots.
+"""Loads: a few threads that read experts straight into their slots, and publish them.
 
-The threads touch no shared words but the bell and, through `begin`, the word of the expert that they come to. They are
-threads of the pager, never processes, so that the release of the pager's lock at its death proves that nobody writes a
-slot any more.
+Of shared words the threads touch those that `begin` and `publish` tell of, and the bells of who waits. They are threads
+of the pager, never processes, so that the release of the pager's lock at its death proves that nobody writes a slot, or
+publishes one, any more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from shmroute.pager.prefetch.record import Waits
 from shmroute.pager.queue import QueueEntry
 from shmroute.sources import ExpertSource
 
@@ -49,8 +50,11 @@ class Load:
     checksum : int
         xxh3 of the bytes in the order in which they were read, as a signed 64-bit word that is never 0.
     error : BaseException or None
+        Why it was not published.
     followed_by : Load or None
         What was to be loaded next when this one ended.
+    waiting : Waits
+        Of a prefetch: who waited for it when it was about to be published.
     """
 
     key: int
@@ -67,6 +71,12 @@ class Load:
     checksum: int = 0
     error: BaseException | None = None
     followed_by: Load | None = None
+    waiting: Waits = ()
+
+    @property
+    def good(self) -> bool:
+        """Of a load that has ended: whether it was read, and nothing was found against it."""
+        return self.error is None and not self.refused
 
 
 class Checksum:
@@ -120,9 +130,13 @@ class Loader:
         After a load, drop the file pages it came from.
     begin : callable
         Called in an I/O thread that comes to a load; whether the load is still wanted.
+    publish : callable
+        Called in the I/O thread that has read a load, to make it visible, or to set its `error`.
     when_done : callable
         Called in an I/O thread with each load after it has been put where `completed` finds it, and before the file
         pages it came from are dropped: nobody waits for that.
+
+    Whatever else than a source's `read_into` raises in a thread ends it, and is raised by the next `completed`.
     """
 
     def __init__(
@@ -132,19 +146,22 @@ class Loader:
         most: int,
         drop_page_cache: bool,
         begin: Callable[[Load], bool],
+        publish: Callable[[Load], None],
         when_done: Callable[[Load], None],
     ) -> None:
         self._source = source
         self._drop_page_cache = drop_page_cache
         self._begin = begin
+        self._publish = publish
         self._when_done = when_done
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._waiting: deque[Load] = deque()
         self._done: deque[Load] = deque()
         self._loads: dict[int, Load] = {}
+        self._fault: BaseException | None = None
         self._most = max(most, 2 * threads)
         self._threads = [
-            threading.Thread(target=self._work, name=f"shmroute-io-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._serve, name=f"shmroute-io-{i}", daemon=True) for i in range(threads)
         ]
         self._pace(0.0)
         for thread in self._threads:
@@ -224,8 +241,15 @@ class Loader:
         """Whether `completed` would find one."""
         return bool(self._done)
 
+    @property
+    def has_unpublished(self) -> bool:
+        """Whether `completed` would find one that was refused, or has failed."""
+        return bool(self._done) and not all(load.good for load in self._done.copy())
+
     def completed(self) -> list[Load]:
         """Take all loads that have ended."""
+        if self._fault is not None:
+            raise self._fault
         loads = []
         while self._done:
             loads.append(self._done.popleft())
@@ -234,12 +258,18 @@ class Loader:
         return loads
 
     def close(self) -> None:
-        """End the threads, after the loads that they have come to."""
+        """End the threads, after the loads that they have come to: from then on nothing is published."""
         self._waiting.clear()
         for _ in self._threads:
             self._calls.put(False)
         for thread in self._threads:
             thread.join()
+
+    def _serve(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - a fault of the pager: its main thread ends it
+            self._fault = error
 
     def _work(self) -> None:
         while self._calls.get():
@@ -250,13 +280,14 @@ class Loader:
             load.began_ns = time.monotonic_ns()
             self._carry_out(load)
             load.ended_ns = time.monotonic_ns()
-            if load.error is None and not load.refused:
-                self._pace((load.ended_ns - load.began_ns) / 1e9)
             with contextlib.suppress(IndexError):
                 load.followed_by = self._waiting[0]
+            if load.good:
+                self._publish(load)
+                self._pace((load.ended_ns - load.began_ns) / 1e9)
             self._done.append(load)
             self._when_done(load)
-            if self._drop_page_cache and load.error is None and not load.refused:
+            if self._drop_page_cache and load.good:
                 with contextlib.suppress(OSError):  # advice that is not taken costs memory, not the load
                     self._source.drop_page_cache(load.layer, load.expert)
 

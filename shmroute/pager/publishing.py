@@ -1,21 +1,29 @@
 """What follows a load: comparing its checksum, describing its slot, making it visible, counting it; in one kernel.
 
-The pager's main thread does this for each load while I/O threads wait for the GIL, or for a core.
+The I/O thread that has read an expert publishes it, and wakes who waits for it, without the main thread: that hears of
+it afterwards.
 
 Words: an expert's checksum (0, or that of its first load; written here alone, once), its slot's header (written here
-alone, while the expert is LOADING), its own word and bit, the pager's counters. The linearization point is the CAS of
-`make_resident`; whoever sees RESIDENT sees the header. Death windows: before that CAS the expert stays LOADING, the
-next pager makes it REQUESTED again, and a checksum that was kept is that of bytes which were read whole; after it, a
-stale bit, as `shmroute.shared.experts` has it, or a load that is not counted.
+alone), its own word and bit, the pager's counters. Counters are added to, and of the bit `shmroute.shared.experts`
+tells. The others have one writer at a time: the thread whose CAS made the expert LOADING. There is no second one before
+it is RESIDENT or FAILED, and whoever loads it then has read its word since, so sees the checksum.
+
+The linearization point is the CAS of `make_resident`; whoever sees RESIDENT sees the header. Death windows: before that
+CAS the expert stays LOADING, the next pager makes it REQUESTED again, and a checksum that was kept is that of bytes
+which were read whole; after it, a stale bit, a load that is not counted, or waiters that are not woken, who look again
+by themselves. The pager's lock goes with its process, so with all of its threads: none publishes in a successor's time.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numba import types
 
+from shmroute.pager.waiters import lanes_waiting_in
 from shmroute.shared.atomic import WORD, fetch_add, i64_array, load, store
-from shmroute.shared.experts import make_resident
+from shmroute.shared.experts import make_resident, read_word
 from shmroute.shared.kernel import kernel
 from shmroute.shared.layout import LANE_SHARD
 from shmroute.shared.metrics import PAGER_HISTOGRAM, LaneCounter, PagerCounter, record_duration
@@ -23,8 +31,11 @@ from shmroute.shared.pool import describe_slot, precision_of
 from shmroute.shared.segment import Segment
 
 _EXPERTS, _CHECKSUMS, _ROW_BYTES, _RESIDENT, _RESIDENT_ROW_BYTES, _NUM_EXPERTS, _EXPERT_BYTES = range(7)
-_SLOT_HEADERS, _PRECISION, _COUNTERS = range(7, 10)
-_TABLE_WORDS = 10
+_SLOT_HEADERS, _PRECISION, _COUNTERS, _LANES, _LANE_BYTES, _MAX_WORKERS = range(7, 13)
+_TABLE_WORDS = 13
+
+DIFFERS: Final = -1
+"""Instead of lanes: the checksum is not that of the expert's first load."""
 
 _LOADS, _BYTES_READ, _PREFETCHES = (
     int(counter) * WORD for counter in (PagerCounter.LOADS, PagerCounter.BYTES_READ, PagerCounter.PREFETCHES)
@@ -34,7 +45,7 @@ _LANE_LOADS, _LANE_EVICTIONS = int(LaneCounter.LOADS) * WORD, int(LaneCounter.EV
 
 @kernel(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.boolean))
 def publish_load(table: int, key: int, slot: int, checksum: int, duration: int, prefetch: bool) -> int:
-    """Publish a load if its bytes are those that the expert had at first; returns 0, or else their checksum.
+    """Publish a load if its bytes are those that the expert had at first.
 
     Parameters
     ----------
@@ -47,6 +58,11 @@ def publish_load(table: int, key: int, slot: int, checksum: int, duration: int, 
         Nanoseconds that the load took.
     prefetch : bool
         Whether nobody had demanded it.
+
+    Returns
+    -------
+    int
+        The lanes to wake, as bits: those that wait for an expert of the layer; or DIFFERS, and nothing was published.
     """
     words = i64_array(table, _TABLE_WORDS)
     layer, expert = key // words[_NUM_EXPERTS], key % words[_NUM_EXPERTS]
@@ -55,7 +71,7 @@ def publish_load(table: int, key: int, slot: int, checksum: int, duration: int, 
     if known == 0:
         store(words[_CHECKSUMS] + offset, checksum)
     elif known != checksum:
-        return known
+        return DIFFERS
     describe_slot(words[_SLOT_HEADERS], slot, layer, expert, words[_PRECISION], words[_EXPERT_BYTES])
     row = words[_RESIDENT] + layer * words[_RESIDENT_ROW_BYTES]
     make_resident(words[_EXPERTS] + offset, row, expert, slot)
@@ -65,7 +81,7 @@ def publish_load(table: int, key: int, slot: int, checksum: int, duration: int, 
     if prefetch:
         fetch_add(counters + _PREFETCHES, 1)
     record_duration(counters + PAGER_HISTOGRAM * WORD, duration)
-    return 0
+    return lanes_waiting_in(words[_LANES], words[_LANE_BYTES], words[_MAX_WORKERS], layer)
 
 
 @kernel(types.void(types.int64, types.int64))
@@ -76,7 +92,7 @@ def charge(lane: int, evictions: int) -> None:
 
 
 class Publisher:
-    """The pager's way to publish loads.
+    """The pager's way to publish loads, from any of its threads.
 
     Parameters
     ----------
@@ -89,7 +105,7 @@ class Publisher:
             (
                 base + layout.experts, base + layout.checksums, layout.row_bytes, base + layout.resident,
                 layout.resident_row_bytes, config.num_experts, config.expert_bytes, base + layout.slot_headers,
-                precision_of(config), base + layout.pager,
+                precision_of(config), base + layout.pager, base + layout.lanes, layout.lane_bytes, config.max_workers,
             ),
             np.int64,
         )  # fmt: skip
@@ -98,3 +114,8 @@ class Publisher:
     def publish(self, key: int, slot: int, checksum: int, duration: int, prefetch: bool) -> int:
         """See `publish_load`."""
         return int(publish_load(self._address, key, slot, checksum, duration, prefetch))
+
+    def first_checksum(self, key: int) -> int:
+        """The checksum of an expert's first load, 0 before that."""
+        layer, expert = divmod(key, int(self._table[_NUM_EXPERTS]))
+        return int(read_word(int(self._table[_CHECKSUMS] + layer * self._table[_ROW_BYTES]) + expert * WORD))

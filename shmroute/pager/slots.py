@@ -17,7 +17,10 @@ from shmroute.shared.words import RESIDENT, expert_slot, expert_state
 class Slots:
     """Which slots are free, and how others become so.
 
-    The expert words are the truth about slots; this is the pager's own account of them, which `adopt` makes anew.
+    The expert words are the truth about slots; this is the pager's own account of them, which `adopt` makes anew. It
+    lags behind: an I/O thread publishes its load before the main thread hears of it (`loaded`). Until then the expert
+    is nobody's to evict, even if it is RESIDENT, leased and released already: its load would be noted for a slot that
+    is another's by then.
 
     Parameters
     ----------
@@ -42,6 +45,7 @@ class Slots:
         self.when_evicted: Callable[[int], None] = lambda key: None
         self._free: list[int] = []
         self._evict_first: dict[int, None] = {}
+        self._being_filled: set[int] = set()
         self.evictions = 0
         self.page_outs = 0
 
@@ -53,7 +57,10 @@ class Slots:
     def scan(self) -> list[int]:
         """Read the table once, for the owners of slots; the requested keys."""
         self.eviction.observe()
-        return self._table.scan(self.eviction.owners)
+        requested = self._table.scan(self.eviction.owners)
+        for slot in self._being_filled:
+            self.eviction.emptied(slot)
+        return requested
 
     def evict_first(self, key: int) -> None:
         """Take a hint that a resident expert will not be missed."""
@@ -98,17 +105,19 @@ class Slots:
         """Whether an eviction would find a slot now."""
         return self.eviction.victim(awaited) is not None
 
-    def loading(self, slot: int, key: int) -> None:
-        """Note that a slot is being filled."""
-        self.eviction.owners[slot] = key
+    def loading(self, slot: int) -> None:
+        """Note that a slot is being filled: until `loaded` or `give_back` it is nobody's."""
+        self._being_filled.add(slot)
 
     def loaded(self, slot: int, key: int) -> None:
         """Note that a slot has a new expert."""
+        self._being_filled.discard(slot)
         self._evict_first.pop(key, None)
         self.eviction.loaded(slot, key)
 
     def give_back(self, slot: int) -> None:
         """Note that a slot holds nothing after all."""
+        self._being_filled.discard(slot)
         self.eviction.emptied(slot)
         self._free.append(slot)
 
@@ -117,7 +126,7 @@ class Slots:
         word = self._table.word(key)
         slot = expert_slot(word)
         layer, expert = self._table.split(key)
-        if expert_state(word) != RESIDENT:
+        if expert_state(word) != RESIDENT or slot in self._being_filled:
             return None
         if not evict(self._table.address(key), self._table.resident_row(layer), expert, slot):
             return None

@@ -1,8 +1,13 @@
-"""What workers wait for right now, from their wait words, and how they are woken."""
+"""What workers wait for right now, from their wait words, and how they are woken.
+
+A worker names one of the experts that it needs of a layer, and takes whichever comes first: so whoever makes an expert
+RESIDENT, or FAILED, wakes all that wait in its layer. The store of the expert's word comes before the look at the wait
+words and bells. (wait word / expert word, lane bell / expert word)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -10,49 +15,76 @@ from numba import types
 
 from shmroute.shared.atomic import i64_array, load
 from shmroute.shared.bell import Semaphore, ring, unlink_semaphore
-from shmroute.shared.kernel import kernel
+from shmroute.shared.kernel import inner, kernel
 from shmroute.shared.layout import LANE_BELL, LANE_WAIT
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import EXPERT_BITS, LAYER_SHIFT
 
 
-@kernel(types.void(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64))
-def read_awaited(lanes: int, lane_bytes: int, count: int, num_layers: int, num_experts: int, out: int) -> None:
-    """Write to int64 [count] at `out` which key each lane waits for, -1 for none.
+@kernel(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64))
+def read_waits(
+    lanes: int, lane_bytes: int, count: int, num_layers: int, num_experts: int, waiting: int, awaited: int
+) -> int:
+    """Write to int64 [count] at `waiting` which lanes wait, and to one at `awaited` for which keys; how many do.
 
     A word that names no possible expert (a buggy peer) counts as none.
     """
-    keys = i64_array(out, count)
+    who, keys, waits = i64_array(waiting, count), i64_array(awaited, count), 0
     for lane in range(count):
         named = load(lanes + lane * lane_bytes + LANE_WAIT) - 1
         layer, expert = named >> LAYER_SHIFT, named & ((1 << EXPERT_BITS) - 1)
-        possible = named >= 0 and layer < num_layers and expert < num_experts
-        keys[lane] = layer * num_experts + expert if possible else -1
+        if named >= 0 and layer < num_layers and expert < num_experts:
+            who[waits], keys[waits] = lane, layer * num_experts + expert
+            waits += 1
+    return waits
 
 
-@kernel(types.boolean(types.int64, types.int64, types.int64, types.int64))
-def waits_in_layer(lanes: int, lane_bytes: int, count: int, layer: int) -> bool:
-    """Whether a lane waits for an expert of a layer."""
+@inner
+def lanes_waiting_in(lanes: int, lane_bytes: int, count: int, layer: int) -> int:
+    """The lanes that wait for an expert of a layer, as bits."""
+    waiting = 0
     for lane in range(count):
         named = load(lanes + lane * lane_bytes + LANE_WAIT) - 1
         if named >= 0 and named >> LAYER_SHIFT == layer:
-            return True
-    return False
+            waiting |= 1 << lane
+    return waiting
+
+
+@kernel(types.int64(types.int64, types.int64, types.int64, types.int64))
+def waiting_lanes(lanes: int, lane_bytes: int, count: int, layer: int) -> int:
+    """`lanes_waiting_in`, from Python."""
+    return lanes_waiting_in(lanes, lane_bytes, count, layer)
+
+
+class WaitWords:
+    """Who waits for what, as one thread reads it."""
+
+    def __init__(self, segment: Segment) -> None:
+        config, layout = segment.config, segment.layout
+        self._waiting, self._awaited = np.empty((2, config.max_workers), np.int64)
+        self._arguments = (
+            segment.address + layout.lanes, layout.lane_bytes, config.max_workers, config.num_layers,
+            config.num_experts, self._waiting.ctypes.data, self._awaited.ctypes.data,
+        )  # fmt: skip
+
+    def read(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The lanes that wait now, and the keys ``layer * num_experts + expert``, until this is called again."""
+        count = read_waits(*self._arguments)
+        return self._waiting[:count], self._awaited[:count]
 
 
 def awaited_by_lane(segment: Segment) -> npt.NDArray[np.int64]:
     """int64 [max_workers]: the key ``layer * num_experts + expert`` that each lane waits for, -1 for none."""
-    config, layout = segment.config, segment.layout
-    keys = np.empty(config.max_workers, np.int64)
-    read_awaited(
-        segment.address + layout.lanes, layout.lane_bytes, config.max_workers, config.num_layers, config.num_experts,
-        keys.ctypes.data,
-    )  # fmt: skip
+    lanes, awaited = WaitWords(segment).read()
+    keys = np.full(segment.config.max_workers, -1, np.int64)
+    keys[lanes] = awaited
     return keys
 
 
 class Waiters:
     """The workers that wait for experts.
+
+    I/O threads call `wake` and `lanes_in`, the pager's main thread anything.
 
     Parameters
     ----------
@@ -60,62 +92,69 @@ class Waiters:
     """
 
     def __init__(self, segment: Segment) -> None:
+        config, layout = segment.config, segment.layout
         self._segment = segment
         self._semaphores: dict[int, Semaphore] = {}
         self._arrivals: dict[tuple[int, int], int] = {}
         self._arrived = 0
+        self._lanes = segment.address + layout.lanes, layout.lane_bytes, config.max_workers
+        self._waits = WaitWords(segment)
 
     def keys(self) -> npt.NDArray[np.int64]:
-        """int64 of the keys that are waited for, in no order."""
-        keys = awaited_by_lane(self._segment)
-        return keys[keys >= 0]
+        """int64 of the keys that are waited for, in no order; good until the next call of this or `in_turn`."""
+        return self._waits.read()[1]
 
-    def in_turn(self) -> list[int]:
-        """The keys that are waited for, those of the longest waiters first: no lane starves another.
+    def in_turn(self) -> dict[int, int]:
+        """The keys that are waited for, and of each the lane that waited first; those of the longest waiters first.
 
-        To be called regularly: a wait is as old as the first of these calls that saw it.
+        So no lane starves another. To be called regularly: a wait is as old as the first of these calls that saw it.
         """
-        waits = [(lane, key) for lane, key in enumerate(awaited_by_lane(self._segment).tolist()) if key >= 0]
+        lanes, keys = self._waits.read()
+        waits = list(zip(lanes.tolist(), keys.tolist(), strict=True))
         arrivals = {}
         for wait in waits:
             self._arrived += wait not in self._arrivals
             arrivals[wait] = self._arrivals.get(wait, self._arrived)
         self._arrivals = arrivals
-        return [key for _, key in sorted(waits, key=arrivals.__getitem__)]
+        in_turn: dict[int, int] = {}
+        for lane, key in sorted(waits, key=arrivals.__getitem__):
+            in_turn.setdefault(key, lane)
+        return in_turn
 
-    def lanes(self, key: int) -> list[int]:
-        """The lanes that wait for an expert."""
-        return [lane for lane, awaited in enumerate(awaited_by_lane(self._segment).tolist()) if awaited == key]
+    def lanes_in(self, layer: int) -> int:
+        """The lanes that wait for an expert of a layer, as bits."""
+        return int(waiting_lanes(*self._lanes, layer))
 
-    def lanes_of_layer(self, layer: int) -> list[int]:
-        """The lanes that wait for an expert of a layer: each takes whichever comes first of those that it needs."""
-        num_experts = self._segment.config.num_experts
-        waits = enumerate(awaited_by_lane(self._segment).tolist())
-        return [lane for lane, awaited in waits if awaited >= 0 and awaited // num_experts == layer]
+    def wake(self, lanes: int) -> None:
+        """Ring the bells of some lanes, which are given as bits."""
+        for lane in each_lane(lanes):
+            ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphore(lane))
 
-    def any_in(self, layer: int) -> bool:
-        """Whether a worker waits for an expert of a layer; from any thread."""
-        config, layout = self._segment.config, self._segment.layout
-        return bool(waits_in_layer(self._segment.address + layout.lanes, layout.lane_bytes, config.max_workers, layer))
+    def wake_layers(self, layers: Iterable[int]) -> None:
+        """Ring the bell of every lane that waits for an expert of some layers."""
+        for layer in layers:
+            self.wake(self.lanes_in(layer))
 
-    def wake(self, keys: Iterable[int]) -> None:
-        """Ring the bell of every lane that waits for one of some experts, or for another of its layer.
-
-        A worker names one of the experts that it needs of a layer, and takes whichever comes first.
-        (wait word / expert word)
-        """
-        num_experts = self._segment.config.num_experts
-        layers = {key // num_experts for key in keys}
-        for lane, key in enumerate(awaited_by_lane(self._segment).tolist()):
-            if key >= 0 and key // num_experts in layers:
-                if lane not in self._semaphores:
-                    self._semaphores[lane] = open_semaphore(self._segment, lane)
-                ring(self._segment.address + self._segment.layout.lane(lane) + LANE_BELL, self._semaphores[lane])
+    def _semaphore(self, lane: int) -> Semaphore:
+        found = self._semaphores.get(lane)
+        if found is None:
+            opened = open_semaphore(self._segment, lane)
+            found = self._semaphores.setdefault(lane, opened)
+            if found is not opened:  # another thread was faster
+                opened.close()
+        return found
 
     def close(self) -> None:
         """Close the semaphores."""
         for semaphore in self._semaphores.values():
             semaphore.close()
+
+
+def each_lane(lanes: int) -> Iterator[int]:
+    """The numbers of lanes that are given as bits."""
+    while lanes:
+        yield (lanes & -lanes).bit_length() - 1
+        lanes &= lanes - 1
 
 
 def open_semaphore(segment: Segment, lane: int | None) -> Semaphore:

@@ -13,8 +13,8 @@ outside RESIDENT, so the reaper may clear a lane's bit in every word whatever it
 | who | calls | progress |
 |---|---|---|
 | worker | `request`, `lease`, `release` | lock-free: obstructed only by changes of the same word |
-| pager's main thread | `make_resident`, `fail`, `evict`, `cancel`, `recover` | lock-free, likewise |
-| pager's I/O threads | `begin_load`, each for loads of its own | lock-free, likewise |
+| pager's main thread | `fail`, `evict`, `cancel`, `recover`, `rebuild_bitmap` | lock-free, likewise |
+| pager's I/O threads | `begin_load`, `make_resident`, each for loads of its own | lock-free, likewise |
 | holder of the pager's lock | `clear_lane` | wait-free per word |
 
 *No expert is read while it moves.* `lease` sets the worker's bit by a CAS from the very word that says where the bytes
@@ -22,10 +22,17 @@ are; `evict` is a CAS from a word with an empty mask. One of the two fails.
 
 Only the worker of lane w ever sets bit w, under its process's lease mutex (`shmroute.leases`).
 
+*The bitmap follows the words.* A layer's bitmap says to the router which of its experts are RESIDENT. Each thread that
+makes an expert RESIDENT, or makes it something else, afterwards calls `show`: it sets or clears the expert's bit as the
+word says, and looks at the word again. So bit and word agree once all such calls have ended: whoever wrote the bit last
+has seen the word after that as it wrote the bit, and had the word changed since, whoever changed it would have written
+the bit later. Threads that load, one that evicts and one that rebuilds the bitmap may so run at once. In between a bit
+may be stale, which costs a wrong bonus, never a wrong byte: leases look at the word.
+
 Death windows: a worker dead between `request` and the push leaves REQUESTED, which the sweep finds; dead while it
 holds a lease, its bit, which the reaper clears. A pager dead while LOADING leaves bytes that nobody could see; the
-next pager makes it REQUESTED again (`recover`). Dead between `make_resident`'s CAS and the bitmap, a stale bit, which
-costs a bonus; the sweep rebuilds it.
+next pager makes it REQUESTED again (`recover`). Dead between a CAS and the end of its
+`show`, a stale bit; the next pager's sweep rebuilds it.
 """
 
 from __future__ import annotations
@@ -158,10 +165,25 @@ def begin_load(word_address: int, slot: int) -> bool:
 
 
 @inner
+def show(word_address: int, resident_row: int, expert: int) -> None:
+    """Make an expert's bit say what its word says; see the file's head."""
+    bits, bit = resident_row + (expert >> 6) * WORD, 1 << (expert & 63)
+    resident = expert_state(load(word_address)) == RESIDENT
+    while True:
+        if resident:
+            fetch_or(bits, bit)
+        else:
+            fetch_and(bits, ~bit)
+        shown, resident = resident, expert_state(load(word_address)) == RESIDENT
+        if shown == resident:
+            return
+
+
+@inner
 def make_resident(word_address: int, resident_row: int, expert: int, slot: int) -> None:
     """LOADING(slot) to RESIDENT(slot), then the bitmap: the load becomes visible here and nowhere else."""
     if cas(word_address, pack_expert(LOADING, 0, slot, 0), pack_expert(RESIDENT, 0, slot, 0)):  # linearization point
-        fetch_or(resident_row + (expert >> 6) * WORD, 1 << (expert & 63))
+        show(word_address, resident_row, expert)
 
 
 @kernel(types.void(types.int64, types.int64, types.int64, types.int64))
@@ -182,7 +204,7 @@ def evict(word_address: int, resident_row: int, expert: int, slot: int) -> bool:
     """RESIDENT(slot) without a lease to ABSENT, then the bitmap; False if it is leased or elsewhere."""
     if not cas(word_address, pack_expert(RESIDENT, 0, slot, 0), pack_expert(ABSENT, 0, 0, 0)):
         return False
-    fetch_and(resident_row + (expert >> 6) * WORD, ~(1 << (expert & 63)))
+    show(word_address, resident_row, expert)
     return True
 
 
@@ -255,11 +277,13 @@ def scan_table(
 
 @kernel(types.void(types.int64, types.int64, types.int64))
 def rebuild_bitmap(row: int, resident_row: int, num_experts: int) -> None:
-    """Make one layer's bitmap say what its words say."""
+    """Make one layer's bitmap say what its words say, bit by bit, while I/O threads publish."""
     for first in range(0, num_experts, 64):
-        bits = 0
-        for expert in range(first, min(first + 64, num_experts)):
-            word = load(row + expert * WORD)
-            if expert_state(word) == RESIDENT:
-                bits |= 1 << (expert - first)
-        store(resident_row + (first >> 6) * WORD, bits)
+        address, end = resident_row + (first >> 6) * WORD, min(first + 64, num_experts)
+        bits = load(address)
+        for expert in range(first, end):
+            word_address = row + expert * WORD
+            if ((bits >> (expert - first)) & 1 == 1) != (expert_state(load(word_address)) == RESIDENT):
+                show(word_address, resident_row, expert)
+        if end - first < 64 and bits >> (end - first) != 0:
+            fetch_and(address, (1 << (end - first)) - 1)  # bits of no expert, set by a damaging peer

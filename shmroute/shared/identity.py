@@ -92,7 +92,9 @@ def is_dead(identity: int) -> bool:
     if pidfd is None:
         return True
     try:
-        return bool(_readable([pidfd]))
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))
     finally:
         os.close(pidfd)
 
@@ -105,13 +107,6 @@ def is_stopped(identity: int) -> bool:
         return False
 
 
-def _readable(descriptors: list[int]) -> list[int]:
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in poll.poll(0)]
-
-
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -120,6 +115,7 @@ class DeathWatch(Generic[Key]):
 
     def __init__(self) -> None:
         self._watched: dict[Key, tuple[int, int | None]] = {}
+        self._poll = select.poll()
 
     def watch(self, key: Key, identity: int) -> None:
         """Watch a process under `key`, in place of whichever it stood for."""
@@ -131,6 +127,8 @@ class DeathWatch(Generic[Key]):
             pidfd = _open_pidfd(identity)
         except OSError:
             return  # unknown counts as alive; the next call tries again
+        if pidfd is not None:
+            self._poll.register(pidfd, select.POLLIN)
         self._watched[key] = (identity, pidfd)
 
     def forget(self, key: Key) -> None:
@@ -138,11 +136,12 @@ class DeathWatch(Generic[Key]):
         if key in self._watched:
             _, pidfd = self._watched.pop(key)
             if pidfd is not None:
+                self._poll.unregister(pidfd)
                 os.close(pidfd)
 
     def dead(self) -> list[tuple[Key, int]]:
         """The (key, identity) of each watched process that has ended."""
-        readable = set(_readable([fd for _, fd in self._watched.values() if fd is not None]))
+        readable = {descriptor for descriptor, _ in self._poll.poll(0)}
         return [(key, who) for key, (who, fd) in self._watched.items() if fd is None or fd in readable]
 
     def close(self) -> None:

@@ -287,6 +287,9 @@ class Poll:
     def register(self, descriptor: int, events: int) -> None:
         self._descriptors.append(descriptor)
 
+    def unregister(self, descriptor: int) -> None:
+        self._descriptors.remove(descriptor)
+
     def poll(self, timeout: int) -> list[tuple[int, int]]:
         self._host.simulation.point()
         dead = {process.pid + PIDFD_FROM for process in self._host.simulation.processes if process.done}

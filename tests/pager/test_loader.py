@@ -55,9 +55,10 @@ def loader_of(
     most: int = 0,
     drop: bool = True,
     begin: Callable[[Load], bool] = lambda load: True,
+    publish: Callable[[Load], None] = lambda load: None,
     when_done: Callable[[Load], None] = lambda load: None,
 ) -> Loader:
-    return Loader(source, threads, most, drop, begin, when_done)
+    return Loader(source, threads, most, drop, begin, publish, when_done)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -93,6 +94,44 @@ def test_a_load_brings_the_bytes_their_checksum_and_its_times() -> None:
     loader.close()
     assert source.dropped == [(1, 0)]
     assert called == [load]
+
+
+def test_a_load_is_published_by_its_thread_before_anybody_is_told_that_it_ended() -> None:
+    events: list[str] = []
+    loader = loader_of(
+        Source(OSError(5, "disk")),
+        publish=lambda load: events.append(f"{load.expert} published in {threading.current_thread().name}"),
+        when_done=lambda load: events.append(f"{load.expert} done"),
+    )
+    for expert in (0, 3):
+        loader.submit(load_of(loader._source, 0, expert))  # type: ignore[arg-type]
+        collect(loader, 1)
+    loader.close()
+    assert events == ["0 published in shmroute-io-0", "0 done", "3 done"]
+
+
+def test_what_fails_in_publishing_is_raised_in_the_main_thread() -> None:
+    def publish(load: Load) -> None:
+        raise RuntimeError("no such semaphore")
+
+    source = Source()
+    loader = loader_of(source, publish=publish)
+    loader.submit(load_of(source, 0, 0))
+    wait_until(lambda: loader._fault)
+    with pytest.raises(RuntimeError, match="no such semaphore"):
+        loader.completed()
+    loader.close()
+
+
+def test_a_load_that_failed_is_told_from_one_that_was_published() -> None:
+    source = Source(OSError(5, "disk"))
+    loader = loader_of(source)
+    for expert, unpublished in ((0, False), (3, True)):
+        loader.submit(load_of(source, 0, expert))
+        wait_until(lambda: loader.has_completed)
+        assert loader.has_unpublished == unpublished
+        loader.completed()
+    loader.close()
 
 
 def test_pages_are_dropped_only_if_asked() -> None:

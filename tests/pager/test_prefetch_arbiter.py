@@ -361,7 +361,7 @@ def test_what_a_worker_waited_for_the_end_of_a_load_is_not_saved(pager: Pager) -
     for _ in range(4):
         pager.arbiter.asked(3, Predictor.GATE, 0.0)
         pager.route(0, 3)
-        pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=[1])
+        pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=pager.arbiter.waited([1]))
         pager.arbiter.look()
         pager.cores.counted[1] += 0.002
         pager.arbiter.look()
@@ -372,7 +372,7 @@ def test_what_a_worker_waited_for_the_end_of_a_load_is_not_saved(pager: Pager) -
 def test_a_prefetch_is_judged_when_the_wait_for_it_was_counted_or_it_goes(pager: Pager) -> None:
     for key in (3, 4):
         pager.arbiter.asked(key, Predictor.GATE, 0.0)
-        pager.arbiter.loaded(key, 0.01, 0.0, demanded=False, waiting=[0])
+        pager.arbiter.loaded(key, 0.01, 0.0, demanded=False, waiting=pager.arbiter.waited([0]))
     pager.route(0, 3)
     assert pager.outcomes(Predictor.GATE) == {"issued": 2, "completed": 2}
     pager.arbiter.evicted(3)
@@ -383,7 +383,7 @@ def test_a_prefetch_is_judged_when_the_wait_for_it_was_counted_or_it_goes(pager:
 def test_a_hint_is_not_judged_by_what_it_saves(segment: Segment) -> None:
     pager = Pager(segment, prefetch=0)
     pager.arbiter.asked(3, Predictor.HINT, 0.0)
-    pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=[0])
+    pager.arbiter.loaded(3, 0.01, 0.0, demanded=False, waiting=pager.arbiter.waited([0]))
     pager.route(0, 3)
     assert pager.outcomes(Predictor.HINT) == {"issued": 1, "completed": 1, "useful": 1}
 

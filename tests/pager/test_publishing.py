@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shmroute.pager.publishing import Publisher, charge
+from shmroute.pager.publishing import DIFFERS, Publisher, charge
 from shmroute.pager.table import ExpertTable
 from shmroute.shared import layout as at
 from shmroute.shared.atomic import WORD
@@ -43,7 +43,8 @@ def test_a_first_load_becomes_visible_with_its_header_and_is_counted(segment: Se
 def test_bytes_that_differ_from_the_first_loads_stay_invisible(segment: Segment) -> None:
     table, key = loading(segment)
     segment.write(table.offset(segment.layout.checksums, key), 77)
-    assert Publisher(segment).publish(key, SLOT, 78, 1_000, prefetch=False) == 77
+    assert Publisher(segment).publish(key, SLOT, 78, 1_000, prefetch=False) == DIFFERS
+    assert Publisher(segment).first_checksum(key) == 77
     assert expert_state(table.word(key)) == LOADING
     assert segment.read(segment.layout.resident + LAYER * segment.layout.resident_row_bytes) == 0
     assert segment.read(table.offset(segment.layout.checksums, key)) == 77

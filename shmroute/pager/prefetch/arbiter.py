@@ -23,7 +23,7 @@ Users' hints are theirs to judge: they go through, and only wait for demands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -32,7 +32,7 @@ from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch import names
 from shmroute.pager.prefetch.balance import Balance
 from shmroute.pager.prefetch.candidates import find_candidates, layers_until_use
-from shmroute.pager.prefetch.record import Prefetched, TrackRecord
+from shmroute.pager.prefetch.record import Prefetched, TrackRecord, Waits
 from shmroute.pager.prefetch.spare import SpareBandwidth
 from shmroute.pager.prefetch.usage import IdleCores, Usage
 from shmroute.shared.experts import read_word
@@ -266,8 +266,14 @@ class Arbiter:
             return 1.0
         return max((misses + 1) / self._threads, 1.0) - max(misses / self._threads, 1.0)
 
-    def loaded(self, key: int, seconds: float, now: float, *, demanded: bool, waiting: Sequence[int] = ()) -> None:
-        """Note that a load has ended, demanded or not, and the lanes that wait for it: some part it has not saved."""
+    def waited(self, lanes: Iterable[int]) -> Waits:
+        """How long some lanes that wait have waited for loads before; from any thread."""
+        return tuple((lane, self._usage.waited(lane)) for lane in lanes)
+
+    def loaded(self, key: int, seconds: float, now: float, *, demanded: bool, waiting: Waits = ()) -> None:
+        """Note that a load ended, demanded or not, and what `waited` told of the lanes that waited for it just before
+        it was published: some part it has not saved.
+        """
         self.spare.loaded(seconds, now, demanded=demanded)
         if key in self.record:
             self.record.loaded(key, seconds)
@@ -275,7 +281,7 @@ class Arbiter:
             prefetched = self.record.pending[key]
             prefetched.load_cpu = self._usage.load_cpu
             if prefetched.predictor != Predictor.HINT:
-                prefetched.waiters = tuple((lane, self._usage.waited(lane)) for lane in waiting)
+                prefetched.waiters = waiting
             self.balance.spent(prefetched.predictor, prefetched.load_cpu, self.spare.load_seconds)
 
     def demanded(self, key: int) -> None:

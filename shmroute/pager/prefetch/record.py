@@ -25,6 +25,9 @@ import numpy.typing as npt
 
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
 
+Waits = tuple[tuple[int, float], ...]
+"""Lanes that wait for a load, and the seconds of waiting that each had counted before."""
+
 RATE: Final = 1 / 16
 """What one outcome weighs in an average."""
 PRIOR: Final = 0.5
@@ -46,8 +49,8 @@ class Prefetched:
         How long its load took, once that has ended; 0 before.
     load_cpu : float
         Likewise the CPU time that it is charged with.
-    waiters : tuple of tuple
-        Of each worker that waited for it when its load had ended: the lane, and the seconds of waiting counted before.
+    waiters : Waits
+        Of each worker that waited for it when its load had ended.
     timed : bool
         Whether its punctuality is known.
     victim : int
@@ -60,7 +63,7 @@ class Prefetched:
     asked_at: float
     load_seconds: float = 0.0
     load_cpu: float = 0.0
-    waiters: tuple[tuple[int, float], ...] = ()
+    waiters: Waits = ()
     timed: bool = False
     victim: int = -1
 

@@ -64,20 +64,34 @@ BELL = (
     Mutant(
         "waiters not woken",
         "a finished load wakes who waits for it",
-        "pager.daemon:Pager._collect",
-        (("            self._waiters.wake({load.key for load in ended})\n", "            pass\n"),),
+        "pager.daemon:Pager._publish",
+        (("            self._waiters.wake(woken)\n", "            pass\n"),),
+        ("one-slot",),
+    ),
+    Mutant(
+        "waiters woken before the load is published",
+        "a load is published before its thread looks who waits for it",
+        "pager.daemon:Pager._publish",
+        (
+            (
+                "        woken = self._publisher.publish(",
+                "        self._waiters.wake(self._waiters.lanes_in(load.layer))\n"
+                "        woken = self._publisher.publish(",
+            ),
+            ("            self._waiters.wake(woken)\n", "            pass\n"),
+        ),
         ("one-slot",),
     ),
     Mutant(
         "ended loads not told of",
-        "the last load's end wakes the pager's main thread",
+        "a load's end wakes the pager's main thread if that has more to start",
         "pager.daemon:Pager._load_ended",
         (
             (
-                "        if self._loader.runs_low or self._waiters.any_in(load.layer):\n            self.wake()\n",
+                "        if not load.good or self._wants_to_start_more():\n            self.wake()\n",
                 "        pass\n",
             ),
         ),
-        ("one-slot", "shared"),
+        ("one-slot", "overtaking", "crowd"),
     ),
 )

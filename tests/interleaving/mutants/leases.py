@@ -115,7 +115,7 @@ LEASES = (
                 "        if expert_state(word) != REQUESTED:",
             ),
         ),
-        ("hints",),
+        ("cancellation",),
     ),
     Mutant(
         "the reason after the word",
@@ -133,10 +133,10 @@ LEASES = (
         "pager.daemon:Pager._publish",
         (
             (
-                "        self._slots.loaded(load.slot, key)\n",
-                "        self._slots.loaded(load.slot, key)\n        from shmroute.shared.atomic import fetch_or\n"
-                "        for lane in self._waiters.lanes(key):\n"
-                "            fetch_or(self._table.address(key), 1 << lane)\n",
+                "            self._waiters.wake(woken)\n",
+                "            from shmroute.shared.atomic import fetch_or\n"
+                "            fetch_or(self._table.address(load.key), woken)\n"
+                "            self._waiters.wake(woken)\n",
             ),
         ),
         ("impatient",),

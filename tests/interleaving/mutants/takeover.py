@@ -57,6 +57,25 @@ TAKEOVER = (
         ("takeover",),
     ),
     Mutant(
+        "bitmap rebuilt as a whole",
+        "a bit that an I/O thread sets meanwhile is kept",
+        "shared.experts:rebuild_bitmap",
+        (
+            (
+                "                show(word_address, resident_row, expert)\n",
+                "                bits ^= 1 << (expert - first)\n                store(address, bits)\n",
+            ),
+        ),
+        ("residency",),
+    ),
+    Mutant(
+        "bit without another look",
+        "whoever writes a bit looks at the word again",
+        "shared.experts:show",
+        (("        if shown == resident:\n            return\n", "        return\n"),),
+        ("residency",),
+    ),
+    Mutant(
         "no reaping",
         "the dead's leases and wait words are cleared",
         "pager.reaper:Reaper.reap",

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from ..world import World
-from . import affinity, bell, lanes, leases, lifecycle, metrics, paging, quality_budget, recording, ring, spread
+from . import (
+    affinity,
+    bell,
+    lanes,
+    leases,
+    lifecycle,
+    metrics,
+    paging,
+    quality_budget,
+    recording,
+    requests,
+    residency,
+    ring,
+    spread,
+)
 
 WORLDS: dict[str, type[World]] = {
     "ring-pair": ring.RingPair,
@@ -21,6 +35,8 @@ WORLDS: dict[str, type[World]] = {
     "affinity-wrapped": affinity.AffinityWrapped,
     "spread": spread.Spread,
     "leases": leases.Leases,
+    "residency": residency.Residency,
+    "cancellation": requests.Cancellation,
     "lanes": lanes.Lanes,
     "lanes-reaped": lanes.LanesReaped,
     "lanes-inherited": lanes.LanesInherited,

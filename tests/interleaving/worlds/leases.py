@@ -102,12 +102,12 @@ class Leases(World):
             if not begin_load(address, slot):
                 self._slots.give_back(slot)
                 continue
-            self._slots.loading(slot, expert)
+            self._slots.loading(slot)
             for half in range(2):
                 self._simulation.point()
                 self._fill(expert, half)
-            self._slots.loaded(slot, expert)
             self._history.call("load", publish, address, self._row, expert, slot, shown=(expert,))
+            self._slots.loaded(slot, expert)
 
     def check(self, simulation: Simulation) -> None:
         self._history.check(one_slot, (0, frozenset()))

@@ -4,6 +4,7 @@ Checked in every run:
 
 - bytes under a lease are the expert's, from its first half to its second with any number of steps in between (INV-1):
   no load becomes visible half-done, nothing is evicted under a lease;
+- what the pager knows to be awaited is not evicted;
 - every survivor's work is done, within its timeout;
 - afterwards no lease, wait word, lane, request or half-done load is left; no slot is named twice; the bitmap says what
   the words say;
@@ -236,8 +237,25 @@ class Paging(World):
                     return
                 self._simulation.sleep(STANDBY_POLL)
             pager = self._pager = Pager(self._segment, self._source())
+            self._watch_evictions(pager)
             pager.serve(self._quiet)
             pager.close()
+
+    def _watch_evictions(self, pager: Pager) -> None:
+        """Require that no expert goes of which the pager had read that a worker waits for it."""
+        slots, take, note = pager._slots, pager._slots.take, pager._slots.when_evicted
+        known = np.empty(0, np.int64)
+
+        def taken(awaited: npt.NDArray[np.int64], may_go: Callable[[int], bool] | None = None) -> int | None:
+            nonlocal known
+            known = awaited
+            return take(awaited, may_go)
+
+        def evicted(key: int) -> None:
+            require(key not in known, f"expert {key} went although a worker waits for it")
+            note(key)
+
+        slots.take, slots.when_evicted = taken, evicted  # type: ignore[method-assign]
 
     def _source(self) -> SteppedSource:
         return SteppedSource()
