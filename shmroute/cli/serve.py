@@ -13,7 +13,7 @@ import typer
 
 from shmroute.budget import too_few_for_a_cycle, too_few_for_workers
 from shmroute.cli.output import complain, note
-from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
+from shmroute.cli.rule_options import HostShare, MaxRank, Rule, SparedLayers, TopJ
 from shmroute.cli.runtime_options import (
     Bonus,
     Budget,
@@ -75,6 +75,7 @@ def serve(
     top_j: TopJ = RouterConfig.top_j,
     max_rank: MaxRank = RouterConfig.max_rank,
     spared_layers: SparedLayers = RouterConfig.spared_layers,
+    host_share: HostShare = RouterConfig.host_share,
     eviction: Eviction = PagerConfig.eviction,
     trace: Trace = None,
     trace_logits: TraceLogits = False,
@@ -117,6 +118,7 @@ def serve(
             top_j=top_j,
             max_rank=max_rank,
             spared_layers=spared_layers,
+            host_share=host_share,
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),
