@@ -27,6 +27,7 @@ from shmroute.cli.runtime_options import (
     chosen_config,
 )
 from shmroute.config import PagerConfig, RouterConfig
+from shmroute.device_tier import device_slots
 from shmroute.errors import ConfigError, SmallBudgetWarning
 from shmroute.extras import check_installed
 from shmroute.shared.segment import checked_name
@@ -54,6 +55,16 @@ def serve(
         int | None,
         typer.Option(
             help="Tokens of prompt and answer; by default all that the model was made for.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A GPU such as cuda:0, for all workers; by default the CPU.", show_default=False),
+    ] = None,
+    device_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="With a device: its memory for the experts of each worker, a size or a share.", show_default=False
         ),
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Answers that may wait for a worker; more get status 429.")] = 64,
@@ -128,6 +139,12 @@ def serve(
         trace=trace,
         trace_logits=trace_logits,
     )
+    require(
+        (device is None) == (device_budget is None),
+        f"--device is {device} and --device-budget {device_budget}: give both, or neither to compute on the CPU",
+    )
+    if device_budget is not None:
+        device_slots(config, device_budget)  # whether there is such a device, the workers say
     settings = ServingSettings(
         checkpoint=checkpoint,
         name=name,
@@ -140,6 +157,8 @@ def serve(
         max_queue=max_queue,
         drain_timeout=drain_timeout,
         chat_template=chat_template,
+        device=device,
+        device_budget=device_budget,
         verbose=verbose,
     )
     problems = (
