@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +163,25 @@ def test_a_recording_of_logits_could_not_be_verified(tmp_path: Path, device: Lat
             else:
                 logits(load(SHIPPED, runtime, device="cuda:0", device_budget="50%"), IDS)
                 assert runtime.metrics().total.counters["recorded"] > 0
+
+
+def test_a_code_that_the_cuda_runtime_returns_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises nothing itself. With a CUDA runtime that is none, so this shows what is asked, not what comes of it."""
+    asked: list[tuple[int, ...]] = []
+
+    def register(*arguments: int) -> int:
+        asked.append(arguments)
+        return 0 if len(asked) == 1 else 712
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CudaError", lambda code: f"code {code}")
+    device = object.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda", 1)
+    device.page_lock(4096, 8192)
+    with pytest.raises(DeviceError, match="cudaHostRegister on cuda:1 failed: code 712"):
+        device.page_lock(4096, 8192)
+    assert asked == [(4096, 8192, 0)] * 2
 
 
 # ------------------------------------------------------------------ with a GPU

@@ -34,7 +34,7 @@ class CudaDevice:
         """uint8 [slots, slot_bytes]."""
         try:
             return torch.empty((slots, slot_bytes), dtype=torch.uint8, device=self.torch_device)
-        except torch.cuda.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.torch_device)
             raise ConfigError(
                 f"{self.torch_device} has no room for {slots} experts of {slot_bytes} bytes ({free} of its {total} "

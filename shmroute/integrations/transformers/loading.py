@@ -110,7 +110,7 @@ def load(
         raise CheckpointError(folder, "tensors of the model are missing", ", ".join(sorted(report["missing_keys"])[:5]))
     model.__class__ = original
     if cache is not None:
-        model.to(cache.torch_device)
+        _move(model, cache)
     lend = views.lender(runtime) if cache is None else cache.lender(runtime)
     _tie(model, runtime, family, stored, lend, timeout, speculate)
     result: transformers.PreTrainedModel = model.eval().requires_grad_(False)
@@ -167,6 +167,17 @@ def _opened_cache(
     cache = runtime.one(DeviceCache)
     cache.open(CudaDevice(device), slots, views)
     return cache
+
+
+def _move(model: nn.Module, cache: DeviceCache) -> None:
+    """Put the dense parts where the cache is."""
+    try:
+        model.to(cache.torch_device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model's dense parts do not fit into {cache.torch_device} beside the cache of experts: give a smaller "
+            f"device budget ({error})"
+        ) from error
 
 
 def _without_experts(original: type[Any], family: Family) -> Any:
