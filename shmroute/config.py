@@ -91,6 +91,9 @@ class RouterConfig:
     spared_layers : int
         So many of the first layers begin with a bonus of 0, and no quality budget steers theirs: in the first layers a
         changed choice may cost far more than in the others.
+    host_share : float
+        In a worker with a cache in its GPU: what share of the strength counts for an expert that is in host memory
+        only, 0 to 1; for one in the GPU all of it does. Other workers have no use for it.
     scoring : {"softmax", "sigmoid"}
         How a model makes probabilities of logits. With ``sigmoid`` an expert is chosen by its probability plus its
         correction bias (see `MemoryAwareRouter.correction_bias`) and weighted by its probability.
@@ -114,6 +117,7 @@ class RouterConfig:
     top_j: int = 0
     max_rank: int = 0
     spared_layers: int = 0
+    host_share: float = 0.5
     scoring: str = "softmax"
     n_group: int = 1
     topk_group: int = 1
@@ -141,6 +145,7 @@ class RouterConfig:
             f"top_k, and no other rule has any use for it",
         )
         require_int("spared_layers", self.spared_layers, 0, MAX_LAYERS)
+        require_float("host_share", self.host_share, 0, 1)
         require_int("n_group", self.n_group, 1, MAX_EXPERTS)
         require_int("topk_group", self.topk_group, 1, MAX_EXPERTS)
         require(
@@ -461,6 +466,8 @@ class RuntimeConfig:
         words += ["--top-j", str(self.router.top_j)] if self.router.top_j else []
         words += ["--max-rank", str(self.router.max_rank)] if self.router.max_rank else []
         words += ["--spared-layers", str(self.router.spared_layers)] if self.router.spared_layers else []
+        if self.router.host_share != RouterConfig.host_share:
+            words += ["--host-share", str(self.router.host_share)]
         words += ["--io-threads", str(self.pager.io_threads)]
         words += [] if self.pager.drop_page_cache else ["--keep-page-cache"]
         words += [] if self.pager.eviction == DEFAULT_POLICY else ["--eviction", self.pager.eviction]

@@ -94,6 +94,10 @@ class NoWorkerLane(ShmrouteError):
     """All worker lanes are taken by live processes."""
 
 
+class DeviceError(ShmrouteError):
+    """A GPU did not do what was asked of it."""
+
+
 class LeaseHeldError(ShmrouteError, RuntimeError):
     """A thread that holds a lease asked for an expert that it would have to wait for."""
 

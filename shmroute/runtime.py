@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ from shmroute.shared.ring import PUSHED, ring_push
 from shmroute.shared.segment import Segment
 from shmroute.shared.words import NO_LANE, NORMAL, PAGE_OUT, pack_request
 from shmroute.speculation import Speculation, checked_rows
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds to wait for an expert."""
@@ -372,6 +375,11 @@ class Runtime:
         self._check_open()
         with self._attachment.in_use() as segment:
             return read_metrics(segment)
+
+    def one(self, make: Callable[[Attachment], T]) -> T:
+        """What `make` makes of this process's attachment, once for all its runtimes here; for integrations."""
+        self._check_open()
+        return self._attachment.one(make)
 
     # ---------------------------------------------------------- end
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shmroute.attachment import Attachment
+from shmroute.routing import MemoryAwareRouter
 from shmroute.shared.atomic import WORD
 from shmroute.shared.experts import QUEUE
 from shmroute.shared.layout import HEADER_TURNED_DOWN
@@ -49,7 +50,8 @@ class Speculation:
             if withholds(segment.address + HEADER_TURNED_DOWN, GATE, self._lane.counters, self._turn_at):
                 return []
         began = time.thread_time_ns()
-        experts = expected_experts(logits(), self._top_k)
+        router = self._attachment.one(MemoryAwareRouter, layer)
+        experts = [e for e in expected_experts(logits(), self._top_k) if not router.is_on_device(e)]
         with self._attachment.in_use() as segment:
             requests = self._request(segment.address, layer, experts)
             add(self._lane.counter(LaneCounter.SPECULATING_NS), time.thread_time_ns() - began)

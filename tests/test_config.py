@@ -129,6 +129,7 @@ def test_the_command_of_a_pager_names_its_rule_unless_it_is_the_default() -> Non
     for router, words in (
         (RouterConfig(rule="max-rank", max_rank=4, top_j=1), "--rule max-rank --top-j 1 --max-rank 4"),
         (RouterConfig(spared_layers=1), "--spared-layers 1"),
+        (RouterConfig(host_share=0.25), "--host-share 0.25"),
         (RouterConfig(rule="probability"), "--rule probability --io-threads"),
     ):
         config = RuntimeConfig(**PLAIN, router=router)

@@ -12,7 +12,7 @@ import typer
 from shmroute.budget import too_few_for_a_cycle
 from shmroute.cli.inspection import Users
 from shmroute.cli.output import complain, human_bytes, note
-from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
+from shmroute.cli.rule_options import HostShare, MaxRank, Rule, SparedLayers, TopJ
 from shmroute.cli.runtime_options import (
     Bonus,
     Budget,
@@ -55,6 +55,7 @@ def pager(
     top_j: TopJ = RouterConfig.top_j,
     max_rank: MaxRank = RouterConfig.max_rank,
     spared_layers: SparedLayers = RouterConfig.spared_layers,
+    host_share: HostShare = RouterConfig.host_share,
     eviction: Eviction = PagerConfig.eviction,
     trace: Trace = None,
     trace_logits: TraceLogits = False,
@@ -81,6 +82,7 @@ def pager(
             top_j=top_j,
             max_rank=max_rank,
             spared_layers=spared_layers,
+            host_share=host_share,
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),

@@ -13,7 +13,7 @@ import typer
 
 from shmroute.budget import too_few_for_a_cycle, too_few_for_workers
 from shmroute.cli.output import complain, note
-from shmroute.cli.rule_options import MaxRank, Rule, SparedLayers, TopJ
+from shmroute.cli.rule_options import HostShare, MaxRank, Rule, SparedLayers, TopJ
 from shmroute.cli.runtime_options import (
     Bonus,
     Budget,
@@ -27,6 +27,7 @@ from shmroute.cli.runtime_options import (
     chosen_config,
 )
 from shmroute.config import PagerConfig, RouterConfig
+from shmroute.device_tier import device_slots
 from shmroute.errors import ConfigError, SmallBudgetWarning
 from shmroute.extras import check_installed
 from shmroute.shared.segment import checked_name
@@ -56,6 +57,16 @@ def serve(
             help="Tokens of prompt and answer; by default all that the model was made for.", show_default=False
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A GPU such as cuda:0, for all workers; by default the CPU.", show_default=False),
+    ] = None,
+    device_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="With a device: its memory for the experts of each worker, a size or a share.", show_default=False
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Answers that may wait for a worker; more get status 429.")] = 64,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that requests under way have when the server is told to stop.")
@@ -75,6 +86,7 @@ def serve(
     top_j: TopJ = RouterConfig.top_j,
     max_rank: MaxRank = RouterConfig.max_rank,
     spared_layers: SparedLayers = RouterConfig.spared_layers,
+    host_share: HostShare = RouterConfig.host_share,
     eviction: Eviction = PagerConfig.eviction,
     trace: Trace = None,
     trace_logits: TraceLogits = False,
@@ -117,6 +129,7 @@ def serve(
             top_j=top_j,
             max_rank=max_rank,
             spared_layers=spared_layers,
+            host_share=host_share,
             quality_budget=quality_budget,
             budget_measure=budget_measure,
         ),
@@ -126,6 +139,12 @@ def serve(
         trace=trace,
         trace_logits=trace_logits,
     )
+    require(
+        (device is None) == (device_budget is None),
+        f"--device is {device} and --device-budget {device_budget}: give both, or neither to compute on the CPU",
+    )
+    if device_budget is not None:
+        device_slots(config, device_budget)  # whether there is such a device, the workers say
     settings = ServingSettings(
         checkpoint=checkpoint,
         name=name,
@@ -138,6 +157,8 @@ def serve(
         max_queue=max_queue,
         drain_timeout=drain_timeout,
         chat_template=chat_template,
+        device=device,
+        device_budget=device_budget,
         verbose=verbose,
     )
     problems = (

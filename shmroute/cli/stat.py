@@ -109,7 +109,8 @@ def stat(
     a lane (lost_mass: the probability that changed choices lost, summed over tokens), route and wait (count, p50_us,
     p99_us, p999_us);
 
-    total: the same counters of all workers that ever were; hit_rate: of these;
+    total: the same counters of all workers that ever were (device_hits: hits whose expert was in the worker's GPU;
+    device_copies: experts copied there); hit_rate: of these;
 
     pager_counters: loads, bytes_read, evictions, failures, prefetches, queued …, load (as route), prefetch_accuracy
     (useful of the completed) and predictors (of each: issued, completed, useful, wasted, overtaken, cancelled);
@@ -293,6 +294,7 @@ def _summary(shot: dict[str, Any]) -> Table:
         f"{total['leases']} leases, {total['waits']} waits, {total['load_errors']} load errors"
         + f", {total['recorded']} recorded, {total['unrecorded']} dropped"
         * (total["recorded"] + total["unrecorded"] > 0),
+        **({"GPU": _gpu(total, shot["expert_bytes"])} if total["device_copies"] else {}),
         "prefetches": _prefetches(pager["predictors"], pager["prefetch_accuracy"])
         + f"; turned down now: {', '.join(shot['turned_down'])}" * bool(shot["turned_down"])
         + f"; {total['withheld']} speculations withheld" * bool(total["withheld"]),
@@ -304,6 +306,13 @@ def _summary(shot: dict[str, Any]) -> Table:
     for label, value in rows.items():
         table.add_row(label, Text(value))
     return table
+
+
+def _gpu(total: dict[str, Any], expert_bytes: int) -> str:
+    """What the workers' caches in GPUs did."""
+    share = total["device_hits"] / max(total["hits"] + total["misses"], 1)
+    copies = total["device_copies"]
+    return f"hit rate {human_share(share)}, {copies} experts copied ({human_bytes(copies * expert_bytes)})"
 
 
 def _prefetches(predictors: dict[str, dict[str, int]], accuracy: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from shmroute.config import RuntimeConfig
 from shmroute.shared.atomic import WORD
@@ -34,3 +35,8 @@ class PrivateTables:
     def address(self) -> int:
         """Where the first byte is."""
         return int(self._words.ctypes.data)
+
+    def resident_row(self, layer: int) -> npt.NDArray[np.int64]:
+        """int64 [⌈E/64⌉], a layer's residency bitmap: a view that keeps the tables."""
+        first = (self.layout.resident + layer * self.layout.resident_row_bytes) // WORD
+        return self._words[first : first + -(-self.config.num_experts // 64)]

@@ -83,8 +83,8 @@ class Plan:
         words[p.TOP_J], words[p.MAX_RANK] = config.router.top_j, config.router.max_rank
         words[p.N_GROUP], words[p.TOPK_GROUP] = config.router.n_group, config.router.topk_group
         words[p.GROUP_SCORE] = GROUP_SCORES.index(config.router.group_score)
-        if not config.router.is_plain:
-            words[p.GENERAL] = c_function(choose_generally) if COMPILED else 1
+        self._plain = config.router.is_plain
+        words[p.GENERAL] = 0 if self._plain else _general_way()
         words[p.SPREAD] = base + layout.bonus + layer * LINE + BONUS_SPREAD
         words[p.CYCLE_SCALE] = cycle_scale() if config.router.metrics else 0
         words[p.LAYER], words[p.LANE] = layer, lane
@@ -109,6 +109,7 @@ class Plan:
         parameters = self._block(p.PARAMETER_COUNT, np.float64)
         parameters[p.BOOST], parameters[p.MAX_SCORE] = config.affinity.activation_boost, config.affinity.max_score
         parameters[p.SCALING] = config.router.routed_scaling_factor
+        parameters[p.HOST_SHARE] = config.router.host_share
         words[p.PARAMETERS] = parameters.ctypes.data
         for word, count, dtype in (
             (p.SNAPSHOT, -(-experts // 64), np.int64),
@@ -132,6 +133,7 @@ class Plan:
         ):
             words[word] = self._block(count, dtype).ctypes.data
         self.queued = self._scratch[-1]
+        words[p.NEAREST] = words[p.SNAPSHOT]
         words[p.MOST_PENDING] = p.TOKENS_PUT_OFF
         words[p.LATEST], words[p.SEEN] = turns.latest, turns.seen(layer)
         self._turns = turns
@@ -149,6 +151,22 @@ class Plan:
         block[: len(bias)] = bias
         self.words[p.CORRECTION_BIAS] = block.ctypes.data
 
+    def set_device(self, bitmap: np.ndarray[Any, Any] | None) -> None:
+        """Know a nearer tier than host memory, int64 [⌈E/64⌉] that the owner changes at will, from the next call on.
+
+        A call under way may find it half made known: then it gives residents the share of host memory, once.
+        """
+        words = self.words
+        if bitmap is None:
+            words[p.DEVICE] = 0
+            words[p.NEAREST] = words[p.SNAPSHOT]
+            words[p.GENERAL] = 0 if self._plain else _general_way()
+            return
+        self._scratch.append(bitmap)
+        words[p.NEAREST] = self._block(len(bitmap), np.int64).ctypes.data
+        words[p.GENERAL] = _general_way()
+        words[p.DEVICE] = bitmap.ctypes.data
+
     def _block(self, count: int, dtype: Any) -> np.ndarray[Any, Any]:
         """Private memory that begins on a line: vectors in it are on no more lines than they must be."""
         size = count * np.dtype(dtype).itemsize
@@ -165,3 +183,8 @@ class Plan:
     def abandon(self) -> None:
         """Refuse all calls from now on, without waiting: for a forked child, where a caller may not exist."""
         self.words[p.STATUS] = p.CLOSED
+
+
+def _general_way() -> int:
+    """A plan's GENERAL, if it cannot do without."""
+    return c_function(choose_generally) if COMPILED else 1

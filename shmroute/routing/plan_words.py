@@ -90,15 +90,21 @@ TRAIL: Final = 74  # the worker's memory, see `shmroute.shared.successors`; 0 if
 SUCCESSORS: Final = 75  # that table, and bytes of a layer
 SUCCESSOR_ROW_BYTES: Final = 76
 NUM_LAYERS: Final = 77
-ROUTE: Final = 78  # where `route` is
-PLAN_WORDS: Final = 79
+# The tier of a GPU; see `shmroute.routing.rules`.
+DEVICE: Final = 78  # address of int64 [⌈E/64⌉], experts in this process's GPU, as they come and go; 0 without one
+NEAREST: Final = 79  # likewise, who gets the whole bonus: SNAPSHOT, or what a call found at DEVICE
+ON_DEVICE: Final = 80  # written by a call, with a GPU: (token, expert) pairs whose expert was there
+# For `shmroute.routing.entry`.
+ROUTE: Final = 81  # where `route` is
+PLAN_WORDS: Final = 82
 
 # Float64 at PARAMETERS.
 BOOST: Final = 0
 MAX_SCORE: Final = 1
 SCALING: Final = 2
 SPREAD_SUM: Final = 3  # of the tokens of a call
-PARAMETER_COUNT: Final = 4
+HOST_SHARE: Final = 4
+PARAMETER_COUNT: Final = 5
 
 # Of `SEEN`.
 LEFT: Final = 0  # the clock as this process left it, NEVER before

@@ -125,6 +125,12 @@ def _choose_plainly(
     return 0
 
 
+@inlined
+def _tells_apart(words: npt.NDArray[np.int64], resident: int) -> bool:
+    """Whether a bonus can change choices: with none or all resident it would raise nobody, or all alike."""
+    return bool(0 < resident < words[p.NUM_EXPERTS] or words[p.DEVICE] != 0)
+
+
 @inner
 def _choose(
     words: npt.NDArray[np.int64], plan: int, logits_at: int, experts_at: int, weights_at: int, tokens: int
@@ -132,7 +138,7 @@ def _choose(
     """First pass: experts, weights and totals of every token; NOT_FINITE or 0."""
     resident = _take_snapshot(words[p.RESIDENT], words[p.SNAPSHOT], words[p.NUM_EXPERTS])
     words[p.STRENGTH] = words[p.LOST_MASS] = 0
-    if words[p.MEMORY_AWARE] == 1 and 0 < resident < words[p.NUM_EXPERTS]:  # else it would raise none, or all alike
+    if words[p.MEMORY_AWARE] == 1 and _tells_apart(words, resident):
         words[p.STRENGTH] = load(words[p.BONUS])
     if words[p.GENERAL] != 0:
         return choose_generally_at(words[p.GENERAL], plan, logits_at, experts_at, weights_at, tokens)
@@ -170,10 +176,12 @@ def _spend(words: npt.NDArray[np.int64], tokens: int, misses: int) -> None:
     resident = 0
     for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
         resident += count_bits(word_at(words[p.SNAPSHOT] + i * WORD))
-    if 0 < resident < words[p.NUM_EXPERTS]:
+    if _tells_apart(words, resident):
         spent = words[p.LOST_MASS]
         if word_at(words[p.BUDGET] + BY_MASS * WORD) == 0:
             spent = words[p.CHANGED] * BONUS_ONE // words[p.TOP_K]
+        if words[p.DEVICE] != 0:
+            misses = tokens * words[p.TOP_K] - words[p.ON_DEVICE]
         observe(words[p.BUDGET], tokens, spent, misses > 0)
 
 

@@ -73,6 +73,7 @@ class MemoryAwareRouter:
             for _ in range(2)
         )
         self._bias = np.zeros(self._num_experts, np.float32)
+        self._device: npt.NDArray[np.int64] | None = None
         if (recorder := attachment.one(recorder_of)) is not None:
             for plan in (self._hot, self._second):
                 plan.words[p.TRACE] = recorder.address
@@ -129,6 +130,35 @@ class MemoryAwareRouter:
         if config.source is not None:
             raise ValueError("the correction_bias is the checkpoint's; it cannot be set")
         self._set_bias(bias)
+
+    def set_device_residency(self, bitmap: npt.NDArray[np.int64] | None) -> None:
+        """Say which experts are in this process's GPU: they get the whole bonus, others in memory the host's share.
+
+        They count as resident, in `route`'s hits too, and are not requested. See `shmroute.device_tier`.
+
+        Parameters
+        ----------
+        bitmap : ndarray or None
+            int64 [⌈E/64⌉], read at each call: whoever gives it may change its words at any time. None ends that.
+
+        Raises
+        ------
+        ValueError
+            If it is anything else.
+        """
+        words = -(-self._num_experts // 64)
+        if bitmap is not None and not (
+            isinstance(bitmap, np.ndarray) and bitmap.dtype == np.int64 and bitmap.shape == (words,)
+            and bitmap.flags.c_contiguous and bitmap.flags.aligned
+        ):  # fmt: skip
+            raise ValueError(f"the bitmap must be a contiguous, aligned int64 [{words}], not {_describe(bitmap)}")
+        self._device = bitmap
+        for plan in (self._hot, self._second):
+            plan.set_device(bitmap)
+
+    def is_on_device(self, expert: int) -> bool:
+        """Whether an expert is in this process's GPU; see `set_device_residency`."""
+        return self._device is not None and bool(self._device[expert >> 6] >> (expert & 63) & 1)
 
     def _set_bias(self, bias: Any) -> None:
         if not isinstance(bias, np.ndarray) or bias.shape != (self._num_experts,) or bias.dtype != np.float32:

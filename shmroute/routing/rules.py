@@ -18,8 +18,14 @@ Inference* (arXiv 2412.00099). At strength 0, and for a token whose own experts 
 experts. A strength above 1 is 1 where it says how far M goes, and reaches every expert where it is a probability. The
 spread is a mean over tokens, see `shmroute.routing.spread`.
 
+*Two tiers.* A worker with a cache in its GPU (`shmroute.device_tier`) has experts that are nearer than those in host
+memory. Then "resident" means in either, and the strength counts whole for an expert in the GPU, and in the share
+`RouterConfig.host_share` for one in host memory only: of the bonus, or of how far M goes. (The last two rules of the
+paper go on replacing those of the own experts that are in neither.) Without a GPU it counts whole for all residents.
+
 Softmax scores, one group, no scaling and the absolute rule are not here but in `shmroute.routing.route`, which does
-them with one selection per token; a token here has one for its own experts, and another if they are not all resident.
+them with one selection per token, unless there is a GPU; a token here has one for its own experts, and another if they
+are not all resident, or not all in the GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from shmroute.routing.selection import (
     count_after,
     count_before_by_logit,
     count_resident,
+    order_by_insertion,
     select_raised,
 )
 from shmroute.routing.shares import fill_shares, lost_mass, mass_before
@@ -52,9 +59,11 @@ from shmroute.routing.vectors import (
     largest,
     load_logits,
     logistic,
+    logit_at,
     narrowed,
     plus,
     put_id,
+    put_score,
     put_word,
     replaced,
     same,
@@ -63,7 +72,7 @@ from shmroute.routing.vectors import (
     widened,
     word_at,
 )
-from shmroute.shared.atomic import WORD, f32_array, f64_array
+from shmroute.shared.atomic import WORD, f32_array, f64_array, load
 from shmroute.shared.bits import count_bits
 from shmroute.shared.kernel import inner
 
@@ -143,8 +152,45 @@ def _count_finite(row_at: int, num_experts: int) -> int:
 
 
 @inner
+def take_nearest(words: npt.NDArray[np.int64]) -> None:
+    """Begin a call of a worker with a GPU: take the snapshot of what is there, which is resident like the rest."""
+    for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
+        near = load(words[p.DEVICE] + i * WORD)
+        put_word(words[p.NEAREST] + i * WORD, near)
+        put_word(words[p.SNAPSHOT] + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD) | near)
+
+
+@inner
+def _host_share(words: npt.NDArray[np.int64]) -> float:
+    """What share of the strength counts for residents that are not in the GPU."""
+    return float(f64_array(words[p.PARAMETERS], p.PARAMETER_COUNT)[p.HOST_SHARE])
+
+
+@inner
+def _best_of_two_tiers(words: npt.NDArray[np.int64], scores_at: int, amount: float, preferred_at: int) -> None:
+    """`_best_raised` with a GPU. One score at a time: next to fetching logits from there it is nothing."""
+    in_host = amount * _host_share(words)
+    count = 0
+    for expert in range(words[p.NUM_EXPERTS]):
+        score = logit_at(scores_at + expert * 4)
+        if not abs(score) <= -LOWEST:
+            continue
+        if bit_at(preferred_at, expert) == 1:
+            score += amount
+        elif bit_at(words[p.SNAPSHOT], expert) == 1:
+            score += in_host
+        put_score(words[p.SCORES] + count * WORD, score)
+        put_id(words[p.CANDIDATES] + count * ID, expert)
+        count += 1
+    order_by_insertion(words[p.SCORES], words[p.CANDIDATES], count, words[p.CHOSEN], words[p.TOP_K])
+
+
+@inner
 def _best_raised(words: npt.NDArray[np.int64], scores_at: int, amount: float, preferred_at: int) -> None:
-    """Choose by score plus `amount` for those whose bit is set in a bitmap."""
+    """Choose by score plus `amount` for those whose bit is set in a bitmap; with a GPU, a share for other residents."""
+    if words[p.DEVICE] != 0:
+        _best_of_two_tiers(words, scores_at, amount, preferred_at)
+        return
     select_raised(
         scores_at, words[p.NUM_EXPERTS], amount, preferred_at, words[p.SCORES], words[p.CANDIDATES], words[p.CHOSEN],
         words[p.TOP_K],
@@ -156,7 +202,7 @@ def _cache_prior(words: npt.NDArray[np.int64], scores_at: int, amount: float) ->
     """Raise resident experts and the own best J."""
     preferred_at, own_at = words[p.PREFERRED], words[p.OWN]
     for i in range((words[p.NUM_EXPERTS] + 63) >> 6):
-        put_word(preferred_at + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD))
+        put_word(preferred_at + i * WORD, word_at(words[p.NEAREST] + i * WORD))
     for rank in range(words[p.TOP_J]):
         expert = id_at(own_at + rank * ID)
         word = preferred_at + (expert >> 6) * WORD
@@ -168,7 +214,7 @@ def _cache_prior(words: npt.NDArray[np.int64], scores_at: int, amount: float) ->
 def _by_probability(words: npt.NDArray[np.int64], row_at: int, scores_at: int, strength: float) -> None:
     """Choose by probability; sigmoid scores are probabilities as they are."""
     if words[p.SCORING] == codes.SIGMOID:
-        _best_raised(words, scores_at, strength, words[p.SNAPSHOT])
+        _best_raised(words, scores_at, strength, words[p.NEAREST])
         return
     num_experts, shares_at = words[p.NUM_EXPERTS], words[p.SHARES]
     total = fill_shares(words, row_at)
@@ -177,26 +223,7 @@ def _by_probability(words: npt.NDArray[np.int64], row_at: int, scores_at: int, s
         admitted = at_least(load_logits(scores_at + first * 4, count), LOWEST)
         shares = load_logits(shares_at + first * 4, count)
         store_logits(replaced(shares, ~admitted, -math.inf), shares_at + first * 4)
-    _best_raised(words, shares_at, strength * total, words[p.SNAPSHOT])
-
-
-@inner
-def _best_resident(words: npt.NDArray[np.int64], scores_at: int, count: int) -> int:
-    """Find the `count` best resident experts that are not among the own; how many there are."""
-    num_experts, k, own_at, preferred_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.OWN], words[p.PREFERRED]
-    for i in range((num_experts + 63) >> 6):
-        put_word(preferred_at + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD))
-    for rank in range(k):
-        expert = id_at(own_at + rank * ID)
-        word = preferred_at + (expert >> 6) * WORD
-        put_word(word, word_at(word) & ~(1 << (expert & 63)))
-    others_at = words[p.OTHERS]
-    for first in range(0, num_experts, WIDTH):
-        scores = load_logits(scores_at + first * 4, num_experts - first)
-        preferred = word_at(preferred_at + (first >> 6) * WORD) >> (first & 63)
-        store_logits(replaced(scores, ~preferred, -math.inf), others_at + first * 4)
-    found = choose_top_k(others_at, num_experts, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], count)
-    return min(found, count)
+    _best_raised(words, shares_at, strength * total, words[p.NEAREST])
 
 
 @inner
@@ -207,6 +234,41 @@ def _within(words: npt.NDArray[np.int64], scores_at: int, expert: int, strength:
         limit = k + int(min(strength, 1.0) * (words[p.MAX_RANK] - k) + 0.5)
         return bool(count_before_by_logit(scores_at, num_experts, expert) < limit)
     return bool(mass_before(words, scores_at, expert) < strength * total)
+
+
+@inner
+def _leave_out_far(words: npt.NDArray[np.int64], scores_at: int, strength: float, total: float) -> None:
+    """Clear the bits at PREFERRED of experts that are not in the GPU and that a strength does not reach."""
+    for expert in range(words[p.NUM_EXPERTS]):
+        if bit_at(words[p.PREFERRED], expert) == 0 or bit_at(words[p.NEAREST], expert) == 1:
+            continue
+        if not _within(words, scores_at, expert, strength, total):
+            word = words[p.PREFERRED] + (expert >> 6) * WORD
+            put_word(word, word_at(word) & ~(1 << (expert & 63)))
+
+
+@inner
+def _best_resident(words: npt.NDArray[np.int64], scores_at: int, count: int, strength: float, total: float) -> int:
+    """Find the `count` best resident experts that are not among the own; how many there are.
+
+    Those that are not in the GPU only if the host's share of the strength reaches them.
+    """
+    num_experts, k, own_at, preferred_at = words[p.NUM_EXPERTS], words[p.TOP_K], words[p.OWN], words[p.PREFERRED]
+    for i in range((num_experts + 63) >> 6):
+        put_word(preferred_at + i * WORD, word_at(words[p.SNAPSHOT] + i * WORD))
+    for rank in range(k):
+        expert = id_at(own_at + rank * ID)
+        word = preferred_at + (expert >> 6) * WORD
+        put_word(word, word_at(word) & ~(1 << (expert & 63)))
+    if words[p.DEVICE] != 0:
+        _leave_out_far(words, scores_at, strength * _host_share(words), total)
+    others_at = words[p.OTHERS]
+    for first in range(0, num_experts, WIDTH):
+        scores = load_logits(scores_at + first * 4, num_experts - first)
+        preferred = word_at(preferred_at + (first >> 6) * WORD) >> (first & 63)
+        store_logits(replaced(scores, ~preferred, -math.inf), others_at + first * 4)
+    found = choose_top_k(others_at, num_experts, words[p.SCORES], words[p.CANDIDATES], words[p.FOUND], count)
+    return min(found, count)
 
 
 @inner
@@ -221,10 +283,10 @@ def _admit_resident(words: npt.NDArray[np.int64], row_at: int, scores_at: int, s
         replaceable += 1 - bit_at(words[p.SNAPSHOT], id_at(own_at + rank * ID))
     if replaceable == 0:
         return
-    available = _best_resident(words, scores_at, replaceable)
+    total = fill_shares(words, row_at) if words[p.RULE] == codes.CUMULATIVE_THRESHOLD else 0.0
+    available = _best_resident(words, scores_at, replaceable, strength, total)
     if available == 0:
         return
-    total = fill_shares(words, row_at) if words[p.RULE] == codes.CUMULATIVE_THRESHOLD else 0.0
     admitted = 0
     while admitted < available and _within(words, scores_at, id_at(words[p.FOUND] + admitted * ID), strength, total):
         admitted += 1
@@ -247,7 +309,7 @@ def _apply_rule(words: npt.NDArray[np.int64], row_at: int, scores_at: int, stren
     """Choose a token's experts, some of whose own are missing, with the cache in mind."""
     rule = words[p.RULE]
     if rule == codes.ABSOLUTE:
-        _best_raised(words, scores_at, strength, words[p.SNAPSHOT])
+        _best_raised(words, scores_at, strength, words[p.NEAREST])
     elif rule == codes.CACHE_PRIOR:
         _cache_prior(words, scores_at, strength * spread)
     elif rule == codes.PROBABILITY:
@@ -289,7 +351,7 @@ def choose_by_rule(words: npt.NDArray[np.int64], row_at: int, strength: float, s
         parameters[p.SPREAD_SUM] += spread_of(scores_at, num_experts)
     for rank in range(k):
         put_id(chosen_at + rank * ID, id_at(own_at + rank * ID))
-    if strength == 0.0 or count_resident(words[p.SNAPSHOT], own_at, k) == k:
+    if strength == 0.0 or count_resident(words[p.NEAREST], own_at, k) == k:
         return choosable
     _apply_rule(words, row_at, scores_at, strength, spread)
     replaced_experts = count_after(scores_at, chosen_at, k, id_at(own_at + (k - 1) * ID))

@@ -113,7 +113,7 @@ def _bound_of_k(logits_at: int, num_experts: int, k: int) -> float:
 
 
 @inner
-def _order_by_insertion(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int) -> None:
+def order_by_insertion(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int) -> None:
     """Choose the k best of candidates, which come by ascending id; their scores are overwritten."""
     scores = f64_array(scores_at, count)
     ids = i32_array(ids_at, count)
@@ -138,7 +138,7 @@ def _order_by_insertion(scores_at: int, ids_at: int, count: int, chosen_at: int,
 def _order(scores_at: int, ids_at: int, count: int, chosen_at: int, k: int, wide: bool) -> None:
     """Choose the k best of candidates, which come by ascending id. `wide`: some scores are not float32's."""
     if count > WIDTH:
-        _order_by_insertion(scores_at, ids_at, count, chosen_at, k)
+        order_by_insertion(scores_at, ids_at, count, chosen_at, k)
         return
     store_scores(same(-math.inf), scores_at + count * WORD)  # what is beyond the last one is before none
     scores = load_scores(scores_at)

@@ -39,7 +39,7 @@ class Generator:
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model on the CPU.
+        A causal language model, on whatever device.
     tokenizer : PreTrainedTokenizerBase
     max_model_len : int
         Tokens of prompt and answer together.
@@ -96,8 +96,9 @@ class Generator:
     @torch.inference_mode()
     def _forward(self, tokens: list[int], cache: DynamicCache) -> torch.Tensor:
         """Logits float32 [V] after the last of some tokens."""
-        output = self._model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = output.logits[0, -1].float()
+        ids = torch.tensor([tokens], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1].float().cpu()
         return logits
 
     def _decode(self, tokens: list[int]) -> str:

@@ -51,6 +51,8 @@ class ServingSettings:
     drain_timeout : float
         Seconds that requests under way have when the server is told to stop.
     chat_template : Path or None
+    device, device_budget : str or None
+        Of each worker; see `shmroute.integrations.transformers.load`.
     verbose : bool
         Whether each request gets a line.
     """
@@ -66,6 +68,8 @@ class ServingSettings:
     max_queue: int
     drain_timeout: float
     chat_template: Path | None
+    device: str | None
+    device_budget: str | None
     verbose: bool
 
 
@@ -161,6 +165,8 @@ class _Server:
             "--threads", str(settings.threads),
             "--max-model-len", str(settings.max_model_len),
             *([] if settings.chat_template is None else ["--chat-template", str(settings.chat_template)]),
+            *([] if settings.device is None else ["--device", settings.device]),
+            *([] if settings.device_budget is None else ["--device-budget", settings.device_budget]),
         ]  # fmt: skip
         self._crew = Crew(command, settings.workers, settings.threads, tell)
         self._service = Service(

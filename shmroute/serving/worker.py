@@ -112,6 +112,8 @@ def main() -> int:
     parser.add_argument("--threads", required=True, type=int)
     parser.add_argument("--max-model-len", required=True, type=int)
     parser.add_argument("--chat-template", type=Path)
+    parser.add_argument("--device")
+    parser.add_argument("--device-budget")
     arguments = parser.parse_args()
     channel = Channel(arguments.descriptor)
     torch.set_num_threads(arguments.threads)
@@ -120,7 +122,10 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     with shmroute.attach(arguments.name) as runtime:
         try:
-            model = load(arguments.checkpoint, runtime, timeout=EXPERT_TIMEOUT)
+            model = load(
+                arguments.checkpoint, runtime, timeout=EXPERT_TIMEOUT, device=arguments.device,
+                device_budget=arguments.device_budget,
+            )  # fmt: skip
             tokenizer = load_tokenizer(arguments.checkpoint, arguments.chat_template)
         except ShmrouteError as error:
             channel.send(Unable(reason=f"{type(error).__name__}: {error}"))

@@ -52,6 +52,8 @@ class LaneCounter(IntEnum):
     DEFERRED = 17  # tokens whose affinity was recorded after their call; see `shmroute.routing.publication`
     WITHHELD = 18  # speculations not made, since the pager has turned them down; see `shmroute.shared.turned_down`
     SPECULATING_NS = 19  # CPU time of those that were made
+    DEVICE_HITS = 20  # hits whose expert was in the worker's GPU; see `shmroute.device_tier`
+    DEVICE_COPIES = 21  # experts copied there
 
 
 class PagerCounter(IntEnum):

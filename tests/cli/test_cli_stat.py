@@ -15,7 +15,7 @@ import pytest
 from cli_programs import CHECKPOINT
 from runtimes import Residency, small_config, unique_name
 
-from shmroute.cli.output import human_bytes, human_duration
+from shmroute.cli.output import human_bytes, human_duration, human_share
 from shmroute.cli.stat import with_interval
 from shmroute.config import RouterConfig
 from shmroute.lifecycle import create
@@ -75,6 +75,18 @@ def test_predictors_that_are_turned_down_are_shown_with_what_workers_withheld(cl
     assert shot["total"]["withheld"] == 17
     shown = re.sub(r"\s+", " ", cli("stat", name).stdout)
     assert "turned down now: transitions, gate; 17 speculations withheld" in shown
+
+
+def test_what_gpus_did_is_shown_once_they_did_something(cli, segment, name):
+    assert "GPU" not in cli("stat", name).stdout
+    for counter, value in ((LaneCounter.HITS, 30), (LaneCounter.MISSES, 10), (LaneCounter.DEVICE_HITS, 20),
+                           (LaneCounter.DEVICE_COPIES, 5)):  # fmt: skip
+        segment.write(segment.layout.lane(0) + LANE_SHARD + counter * WORD, value)
+    copied = human_bytes(5 * segment.config.expert_bytes)
+    wanted = f"hit rate {human_share(0.5)}, 5 experts copied ({copied})"
+    assert re.search(rf"GPU +{re.escape(wanted)}", cli("stat", name).stdout)
+    total = json.loads(cli("stat", name, "--json").stdout)["total"]
+    assert (total["device_hits"], total["device_copies"]) == (20, 5)
 
 
 def test_every_key_is_in_the_help(cli, segment, name):

@@ -64,31 +64,39 @@ class Reference:
         scores = self.choosing_scores(row)
         return [expert for expert in ordered(scores) if scores[expert] > -np.inf][: self.top_k]
 
-    def choice(self, row: Row, resident: set[int]) -> list[int]:
-        """What is chosen, best first."""
+    def choice(self, row: Row, resident: set[int], device: set[int] | None = None) -> list[int]:
+        """What is chosen, best first; with a GPU, `device` is what is there, and `resident` what is in host memory."""
         own, strength = self.own(row), self.config.cache_bonus
-        if strength == 0 or len(resident) in (0, len(row)) or set(own) <= resident:
+        nearest = resident if device is None else device
+        resident = resident | nearest
+        if strength == 0 or (device is None and len(resident) in (0, len(row))) or set(own) <= nearest:
             return own
         scores = self.choosing_scores(row)
-        here = np.isin(np.arange(len(row)), list(resident))
+        experts, share = np.arange(len(row)), self.config.host_share
+        here = np.where(np.isin(experts, list(nearest)), 1, np.where(np.isin(experts, list(resident)), share, 0))
         rule, j = self.config.rule, self.config.top_j
         if rule == "absolute" or (rule == "probability" and self.config.scoring == "sigmoid"):
             return ordered(scores + strength * here)[: self.top_k]
         if rule == "cache-prior":
-            here[own[:j]] = True
+            here[own[:j]] = 1
             return ordered(scores + strength * self.spread * here)[: self.top_k]
         if rule == "probability":
             shares = np.where(scores > -np.inf, self.probabilities(row), -np.inf)
             return ordered(shares + strength * here)[: self.top_k]
         by_rank = ordered(scores)
-        candidates = by_rank[: self.candidates(row)]
-        preferred = own[:j] + [e for e in candidates if e in resident and e not in own[:j]]
+        near, far = self.candidates(row, strength), self.candidates(row, strength * share)
+        preferred = own[:j] + [
+            expert
+            for rank, expert in enumerate(by_rank)
+            if expert in resident
+            and expert not in own[:j]
+            and (expert in own or rank < (near if expert in nearest else far))
+        ]
         everybody = preferred + [e for e in by_rank if e not in preferred]
         return sorted(everybody[: self.top_k], key=by_rank.index)
 
-    def candidates(self, row: Row) -> int:
-        """How many of the best may be preferred if they are resident."""
-        strength = self.config.cache_bonus
+    def candidates(self, row: Row, strength: float) -> int:
+        """How many of the best a strength reaches: they may be preferred if they are resident."""
         scores = self.choosing_scores(row)
         choosable = int((scores > -np.inf).sum())
         if self.config.rule == "max-rank":

@@ -33,16 +33,29 @@ EXAMPLES = 80 if COMPILED else 4
 
 @contextlib.contextmanager
 def routed(
-    config: RouterConfig, num_experts: int, top_k: int, resident: set[int], bias: Logits | None = None
+    config: RouterConfig,
+    num_experts: int,
+    top_k: int,
+    resident: set[int],
+    bias: Logits | None = None,
+    device: set[int] | None = None,
 ) -> Iterator[tuple[Runtime, MemoryAwareRouter]]:
-    """A runtime with some experts resident, and its router."""
+    """A runtime with some experts resident, perhaps some in a GPU, and its router."""
     given_config = small_config(num_experts=num_experts, top_k=top_k, slots=num_experts, router=config)
     with create(unique_name(), given_config, progress=None) as runtime:
         Residency(runtime).load(0, *resident)
         router = runtime.router(0)
         if bias is not None:
             router.correction_bias = bias
+        if device is not None:
+            router.set_device_residency(bitmap_of(device, num_experts))
         yield runtime, router
+
+
+def bitmap_of(experts: set[int], num_experts: int) -> npt.NDArray[np.int64]:
+    """int64 [⌈E/64⌉] with the bits of some experts."""
+    bits = np.isin(np.arange(-(-num_experts // 64) * 64), list(experts))
+    return np.packbits(bits, bitorder="little").view(np.int64)
 
 
 def spread_word(runtime: Runtime, value: int | None = None) -> int:
@@ -78,6 +91,7 @@ def cases(draw: st.DrawFn, scoring: str) -> dict[str, Any]:
         rule=rule, scoring=scoring, n_group=groups, topk_group=topk_group, group_score=score,
         cache_bonus=draw(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 3.0])),
         top_j=draw(st.integers(0, top_k)) if guarded else 0,
+        host_share=draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
         max_rank=draw(st.integers(top_k, num_experts)) if rule == "max-rank" else 0,
         renormalize=draw(st.booleans()), routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
     )  # fmt: skip
@@ -92,10 +106,11 @@ def cases(draw: st.DrawFn, scoring: str) -> dict[str, Any]:
         "rows": rows_with_gaps(source, 6, num_experts, draw(st.sampled_from(["plain", "ties", "gaps"]))),
         "resident": set(np.flatnonzero(source.random(num_experts) < draw(st.sampled_from([0.2, 0.5, 0.9]))).tolist()),
         "spread": draw(st.sampled_from([0.0, 0.5, 3.25])),
+        "device": draw(st.none() | st.sets(st.integers(0, num_experts - 1))),
     }
 
 
-def decidable(reference: Reference, row: Logits, resident: set[int]) -> bool:
+def decidable(reference: Reference, row: Logits) -> bool:
     """Whether enough experts can be chosen, and no two scores are so close that float32 might tell them otherwise."""
     scores = reference.choosing_scores(row)
     if (scores > -np.inf).sum() < reference.top_k:
@@ -105,11 +120,11 @@ def decidable(reference: Reference, row: Logits, resident: set[int]) -> bool:
     differing = finite[np.unique(np.stack([row, reference.bias])[:, finite], axis=1, return_index=True)[1]]
     if reference.config.scoring == "sigmoid" and not apart(scores[differing], 1e-5):
         return False
-    here, strength = np.isin(np.arange(len(row)), list(resident)), reference.config.cache_bonus
+    strength, share = reference.config.cache_bonus, reference.config.host_share
     if reference.config.scoring == "sigmoid" or reference.config.rule == "probability":
         base = reference.probabilities(row) if reference.config.rule == "probability" else scores
         amount = strength * (reference.spread if reference.config.rule == "cache-prior" else 1.0)
-        raised = np.concatenate([base[differing], base[differing] + amount]) if amount else base[differing]
+        raised = np.concatenate([base[differing] + extra for extra in {0.0, amount, amount * share}])
         if not apart(raised[np.abs(raised) >= 1e-7], 2e-6):
             return False
     if reference.config.group_score == "top2-sum" and reference.config.scoring == "sigmoid":
@@ -120,9 +135,9 @@ def decidable(reference: Reference, row: Logits, resident: set[int]) -> bool:
     if reference.config.rule == "cumulative-threshold":
         order = np.lexsort((np.arange(len(row)), -scores))
         reached = np.cumsum(reference.probabilities(row)[order])
-        if (np.abs(reached - strength) < 1e-5).any():
+        if (np.abs(reached - strength) < 1e-5).any() or (np.abs(reached - strength * share) < 1e-5).any():
             return False
-    return bool(here.size)
+    return True
 
 
 @pytest.mark.parametrize("scoring", names.SCORINGS)
@@ -130,21 +145,23 @@ def decidable(reference: Reference, row: Logits, resident: set[int]) -> bool:
 @given(data=st.data())
 def test_every_rule_chooses_weighs_and_counts_by_its_definition(scoring: str, data: st.DataObject) -> None:
     case = data.draw(cases(scoring))
-    config, top_k, resident = case["config"], case["top_k"], case["resident"]
+    config, top_k, resident, device = case["config"], case["top_k"], case["resident"], case["device"]
     reference = Reference(config, top_k, case["bias"], case["spread"])
-    rows = np.array([row for row in case["rows"] if decidable(reference, row, resident)], np.float32)
+    rows = np.array([row for row in case["rows"] if decidable(reference, row)], np.float32)
     assume(len(rows))
     bias = case["bias"] if scoring == "sigmoid" else None
-    with routed(config, rows.shape[1], top_k, resident, bias) as (runtime, router):
+    with routed(config, rows.shape[1], top_k, resident, bias, device) as (runtime, router):
         spread_word(runtime, pack_spread(4, case["spread"]))
         decision = router.route(rows)
         metrics = runtime.metrics().total
         counters = metrics.counters
-    expected = [reference.choice(row, resident) for row in rows]
+    expected = [reference.choice(row, resident, device) for row in rows]
     assert decision.experts.tolist() == expected
     for row, chosen, weights in zip(rows, expected, decision.weights, strict=True):
         assert weights == pytest.approx(reference.weights(row, chosen), rel=2e-6, abs=1e-9)
-    own = [reference.own(row) for row in rows]
+    own, pairs = [reference.own(row) for row in rows], [expert for row in expected for expert in row]
+    assert counters["device_hits"] == sum(expert in (device or set()) for expert in pairs)
+    assert counters["hits"] == decision.hits == sum(expert in resident | (device or set()) for expert in pairs)
     assert counters["changed"] == sum(len(set(c) - set(o)) for c, o in zip(expected, own, strict=True))
     assert counters["nonfinite"] == int((~np.isfinite(rows)).sum())
     lost = sum(reference.lost(row, chosen) for row, chosen in zip(rows, expected, strict=True))

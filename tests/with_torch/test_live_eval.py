@@ -30,7 +30,7 @@ def test_it_agrees_with_the_simulation_where_it_must_and_tells_what_that_cannot(
     assert biased["hit_rate"] > plain["hit_rate"]
     for one in live["results"]:
         assert one["stall_per_token"] > 0
-        assert one["bytes_per_token"] >= one["loads_per_token"] * 196_608 > 0
+        assert one["bytes_per_token"] > one["loads_per_token"] * 196_608 * (1 - 1e-9) > 0
         assert one["workers_pss"] + one["pager_pss"] < one["workers_rss"] + one["pager_rss"]
         assert one["segment"] > 24 * 196_608
     assert "tokens_per_second" not in simulated["results"][0]

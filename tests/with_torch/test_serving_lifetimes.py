@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 import transformers
 from family_models import SHIPPED
 from served import Server, eventually, streamed
@@ -233,6 +234,9 @@ def test_a_taken_port_is_refused_before_anything_is_made(serve):
         (("--drain-timeout", "-1"), "--drain-timeout"),
         (("--trace-logits",), "needs --trace"),
         (("--rule", "nonsense"), "nonsense"),
+        (("--host-share", "2"), "host_share must be"),
+        (("--device", "cuda:0"), "--device is cuda:0 and --device-budget None: give both"),
+        (("--device", "cuda:0", "--device-budget", "3%"), "a device budget of '3%' holds 1 experts"),
     ],
 )
 def test_wrong_settings_are_refused(serve, options, says):
@@ -257,6 +261,13 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_by_the_first_worker(serve, 
     server = serve("--workers", "2", checkpoint=shipped_float32)
     assert server.process.wait(60) == 1
     assert re.search(r"ServingError: no worker can load the model: CheckpointError: .*tokenizer", server.messages)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing to refuse")
+def test_a_gpu_that_is_not_there_is_refused_by_the_first_worker(serve):
+    server = serve("--workers", "1", "--device", "cuda:0", "--device-budget", "50%")
+    assert server.process.wait(60) == 1
+    assert re.search(r"no worker can load the model: ConfigError: device is 'cuda:0', but torch", server.messages)
 
 
 # ------------------------------------------------------------------ other checkpoints

@@ -18,8 +18,12 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shmroute.config import describe
+from shmroute.device_tier import device_slots
 from shmroute.errors import CheckpointError, ConfigError
-from shmroute.integrations.transformers.experts import DTYPES, IMPLEMENTATION, ExpertViews, SharedExperts
+from shmroute.integrations.transformers.cuda import CudaDevice
+from shmroute.integrations.transformers.device_cache import DeviceCache
+from shmroute.integrations.transformers.expert_views import DTYPES, ExpertViews, Lender
+from shmroute.integrations.transformers.experts import IMPLEMENTATION, SharedExperts
 from shmroute.integrations.transformers.families import SUPPORTED_FAMILIES, Family
 from shmroute.integrations.transformers.routing import SharedRouting
 from shmroute.runtime import DEFAULT_TIMEOUT, Runtime
@@ -35,6 +39,8 @@ def load(
     attn_implementation: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     speculate: bool = False,
+    device: str | torch.device | None = None,
+    device_budget: str | int | None = None,
 ) -> transformers.PreTrainedModel:
     """Load a causal language model whose experts are the runtime's.
 
@@ -54,11 +60,16 @@ def load(
         Ask ahead for what the next layer's gate says of each layer's hidden states (`Runtime.expect`). That takes time
         of the worker and of the pager: it pays where loads are slow and cores idle. Where it does not, the pager turns
         it down, and all that is left of the cost is to look whether it still is.
+    device : str or torch.device, optional
+        A GPU such as ``"cuda:0"``, to compute there: dense parts in its memory, experts in a cache there that is filled
+        from the shared slots. A process has one such cache for a runtime, until that is closed.
+    device_budget : str or int, optional
+        With a device: memory of that cache, as the runtime's budget: ``"2GiB"``, ``"25%"`` of all experts, or bytes.
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode, on the CPU, without gradients. With a bonus of 0 it computes what the model as
+        In evaluation mode, on the CPU or the device, without gradients. With a bonus of 0 it computes what the model as
         Transformers loads it does; with one, the runtime's routers prefer resident experts.
 
     Raises
@@ -66,7 +77,10 @@ def load(
     CheckpointError
         If the checkpoint cannot be served, its family's router is not supported, or it is not the runtime's.
     ConfigError
-        If the runtime has no checkpoint, or `dtype` is not the experts'.
+        If the runtime has no checkpoint, or `dtype` is not the experts'; or if there is no such device, its budget is
+        missing, too small or too large for it, this process has another cache in a GPU, or the runtime records logits.
+    DeviceError
+        If the device cannot read the shared slots.
     NoWorkerLane
         If all lanes are taken by live processes.
     """
@@ -79,6 +93,8 @@ def load(
             f"dtype is {dtype}, but the experts of {folder!r} are stored as {stored} and used as they are; leave it "
             f"out, or convert the checkpoint"
         )
+    views = ExpertViews(runtime.config)
+    cache = _opened_cache(runtime, device, device_budget, views)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     original = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = _without_experts(original, family).from_pretrained(
@@ -93,7 +109,10 @@ def load(
     if report["missing_keys"]:
         raise CheckpointError(folder, "tensors of the model are missing", ", ".join(sorted(report["missing_keys"])[:5]))
     model.__class__ = original
-    _tie(model, runtime, family, timeout, speculate)
+    if cache is not None:
+        _move(model, cache)
+    lend = views.lender(runtime) if cache is None else cache.lender(runtime)
+    _tie(model, runtime, family, stored, lend, timeout, speculate)
     result: transformers.PreTrainedModel = model.eval().requires_grad_(False)
     return result
 
@@ -127,6 +146,40 @@ def _check_is_runtimes(folder: str, runtime: Runtime) -> None:
         )
 
 
+def _opened_cache(
+    runtime: Runtime, device: str | torch.device | None, budget: str | int | None, views: ExpertViews
+) -> DeviceCache | None:
+    """The process's cache in a GPU, if it shall have one."""
+    if device is None or budget is None:
+        if device is None and budget is None:
+            return None
+        raise ConfigError(
+            f"device is {device!r} and device_budget {budget!r}: give both, such as device='cuda:0' and "
+            f"device_budget='2GiB', or neither to compute on the CPU"
+        )
+    recording = runtime.config.recording
+    if recording is not None and recording.logits:
+        raise ConfigError(
+            f"the runtime {runtime.name!r} records logits, so that choices can be verified, and one that a GPU's cache "
+            f"had a say in cannot: compute on the CPU, or record without logits"
+        )
+    slots = device_slots(runtime.config, budget)
+    cache = runtime.one(DeviceCache)
+    cache.open(CudaDevice(device), slots, views)
+    return cache
+
+
+def _move(model: nn.Module, cache: DeviceCache) -> None:
+    """Put the dense parts where the cache is."""
+    try:
+        model.to(cache.torch_device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model's dense parts do not fit into {cache.torch_device} beside the cache of experts: give a smaller "
+            f"device budget ({error})"
+        ) from error
+
+
 def _without_experts(original: type[Any], family: Family) -> Any:
     """The model's class, but its experts have no parameters."""
 
@@ -152,10 +205,17 @@ def _modules(model: nn.Module, class_name: str) -> Iterator[tuple[int, nn.Module
             yield int(number[1]), module
 
 
-def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float, speculate: bool) -> None:
+def _tie(
+    model: nn.Module,
+    runtime: Runtime,
+    family: Family,
+    dtype: torch.dtype,
+    lend: Lender,
+    timeout: float,
+    speculate: bool,
+) -> None:
     """Have every MoE layer use the runtime's layer."""
     experts, routers = dict(_modules(model, family.experts)), dict(_modules(model, family.router))
-    views = ExpertViews(runtime.config)
     following: SharedRouting | None = None
     for layer, number in reversed(list(enumerate(runtime.config.layer_numbers))):
         if number not in experts or number not in routers:
@@ -164,9 +224,9 @@ def _tie(model: nn.Module, runtime: Runtime, family: Family, timeout: float, spe
                 f"layer {number} has no {family.router} with {family.experts}, which this version of shmroute ties to "
                 f"its own; install another version of transformers (5.23 is known to do)",
             )
-        experts.pop(number).shared_experts_of_runtime = SharedExperts(runtime, layer, views, timeout)
+        experts.pop(number).shared_experts_of_runtime = SharedExperts(lend, layer, timeout)
         router = routers.pop(number)
-        routing = SharedRouting(runtime, layer, router, family, views.dtype, following)
+        routing = SharedRouting(runtime, layer, router, family, dtype, following)
         router.forward = routing
         following = routing if speculate else None
     if experts or routers:
