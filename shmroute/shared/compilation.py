@@ -20,8 +20,8 @@ from typing import Any, Final
 
 FRONT: Final = ("shmroute.routing.route", "shmroute.routing.publication", "shmroute.routing.entry")
 """Modules with the kernels that route: they share nearly everything."""
-BACK: Final = ("shmroute.pager.", "shmroute.routing.general")
-"""Of the rest, those that take longest, by how their modules' names begin; the last takes as long as the others."""
+BACK: Final = ("shmroute.pager.", "shmroute.pager.prefetch.", "shmroute.pager.eviction.", "shmroute.routing.general")
+"""Of the rest, those that take longest, by how the names of their modules begin: the longer the further back."""
 
 
 def in_order(kernels: Iterable[Any]) -> list[Any]:
@@ -59,11 +59,12 @@ def compiling_elsewhere(kernels: Sequence[Any]) -> Iterator[subprocess.Popen[byt
 
 def main(names: Sequence[str]) -> None:
     """Compile entry points, each ``module:function``, and keep them on disk, but for those that are there by then."""
-    from shmroute.shared.kernel import compile_unless_cached  # noqa: PLC0415 - which imports this file
+    from shmroute.shared.kernel import collection_paused, compile_unless_cached  # noqa: PLC0415 - it imports this file
 
-    for name in names:
-        module, _, function = name.partition(":")
-        compile_unless_cached(getattr(importlib.import_module(module), function))
+    with collection_paused():
+        for name in names:
+            module, _, function = name.partition(":")
+            compile_unless_cached(getattr(importlib.import_module(module), function))
 
 
 if __name__ == "__main__":
