@@ -23,13 +23,13 @@ from shmroute.budget import slots_of_budget
 from shmroute.config import RuntimeConfig
 from shmroute.errors import ConfigError
 from shmroute.pager.eviction.policy import Eviction
-from shmroute.replay.memory import PrivateTables
 from shmroute.routing import MemoryAwareRouter
 from shmroute.shared.affinity import update_layer
 from shmroute.shared.atomic import WORD
 from shmroute.shared.experts import publish, write_word
 from shmroute.shared.layout import LANE_CURSOR, LINE
 from shmroute.shared.metrics import LaneCounter, add
+from shmroute.shared.private_tables import PrivateTables
 from shmroute.shared.words import ABSENT, LOADING, pack_expert
 
 Ids = npt.NDArray[np.int64]

@@ -22,7 +22,6 @@ from shmroute.pager.eviction import table as t
 from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.eviction.victims import admit, find_victim
-from shmroute.replay.memory import PrivateTables
 from shmroute.routing import plan_words as p
 from shmroute.routing.codes import NOT_FINITE
 from shmroute.routing.plan import Plan, Turns
@@ -33,6 +32,7 @@ from shmroute.shared.experts import begin_load, evict, publish, write_word
 from shmroute.shared.kernel import inner, kernel, load_kernels
 from shmroute.shared.layout import LANE_SHARD, LINE, RING_HEAD, RING_TAIL
 from shmroute.shared.metrics import LANE_COUNTERS, LaneCounter, snapshot_words
+from shmroute.shared.private_tables import PrivateTables
 from shmroute.shared.ring import EMPTY, pop
 from shmroute.shared.words import expert_slot, pack_bonus, request_expert
 

@@ -3,7 +3,6 @@
 | file | |
 |---|---|
 | `accesses` | a trace as the pager would meet it: N workers' layers in one order, and the experts wanted in each |
-| `memory` | the tables of a segment in private memory |
 | `publishing` | what routing one token publishes there |
 | `serving` | the pager's own eviction policies over those tables, on demand only |
 | `belady` | the best that any policy could do, knowing the future |

@@ -17,7 +17,6 @@ from numba import types
 
 from shmroute.config import RouterConfig, RuntimeConfig
 from shmroute.errors import TraceError
-from shmroute.replay.memory import PrivateTables
 from shmroute.routing import plan_words as p
 from shmroute.routing.plan import Plan, Turns
 from shmroute.routing.publication import publish_and_leave
@@ -25,6 +24,7 @@ from shmroute.routing.route import route
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, address_of, i64_array, store
 from shmroute.shared.kernel import kernel, load_kernels
+from shmroute.shared.private_tables import PrivateTables
 from shmroute.shared.words import pack_bonus, pack_spread
 from shmroute.traces.trace import Trace
 

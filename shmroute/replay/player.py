@@ -21,13 +21,13 @@ from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.prefetch.arbiter import Arbiter
 from shmroute.replay.accesses import Accesses
 from shmroute.replay.channel import Channel, Load
-from shmroute.replay.memory import PrivateTables
 from shmroute.replay.publishing import publish_and_learn
 from shmroute.replay.timing import Machine, compute_layer, shares
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, load, store
 from shmroute.shared.kernel import kernel, load_kernels
 from shmroute.shared.metrics import Predictor, PrefetchOutcome
+from shmroute.shared.private_tables import PrivateTables
 from shmroute.shared.successors import new_trail
 from shmroute.shared.words import ABSENT, LOADING, REQUESTED, RESIDENT, expert_state, pack_expert
 

@@ -19,11 +19,11 @@ from shmroute.pager.eviction.history import observe_history
 from shmroute.pager.eviction.policy import Eviction
 from shmroute.pager.eviction.victims import admit, find_victim
 from shmroute.replay.accesses import Accesses
-from shmroute.replay.memory import PrivateTables
 from shmroute.replay.publishing import publish
 from shmroute.shared.affinity import power_table
 from shmroute.shared.atomic import WORD, i64_array, load, store
 from shmroute.shared.kernel import inner, kernel, load_kernels
+from shmroute.shared.private_tables import PrivateTables
 from shmroute.shared.words import ABSENT, RESIDENT, expert_slot, expert_state, pack_expert
 
 _ARRAY = types.int64[::1]

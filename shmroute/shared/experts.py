@@ -31,8 +31,8 @@ may be stale, which costs a wrong bonus, never a wrong byte: leases look at the 
 
 Death windows: a worker dead between `request` and the push leaves REQUESTED, which the sweep finds; dead while it
 holds a lease, its bit, which the reaper clears. A pager dead while LOADING leaves bytes that nobody could see; the
-next pager makes it REQUESTED again (`recover`). Dead between a CAS and the end of its
-`show`, a stale bit; the next pager's sweep rebuilds it.
+next pager makes it REQUESTED again (`recover`). Dead between a CAS and the end of its `show`, a stale bit; the next
+pager's sweep rebuilds it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from shmroute.shared.layout import Layout
 
 
 class Tables(Protocol):
-    """A segment, as far as its control part goes; a replay has one of its own memory."""
+    """A segment, as far as its control part goes; `PrivateTables` are in memory of one's own."""
 
     @property
     def config(self) -> RuntimeConfig:

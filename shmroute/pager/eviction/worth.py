@@ -21,27 +21,29 @@ from shmroute.shared.words import LOW32
 
 
 @inner
-def affinity_of(table: int, key: int) -> float:
-    """An expert's present affinity."""
+def _latest(table: int, key: int) -> tuple[int, int, int]:
+    """An expert's affinity word, its layer's clock, and the tick at which it was loaded."""
     words = i64_array(table, t.TABLE_WORDS)
     experts = words[t.NUM_EXPERTS]
     layer = key // experts
     word = load(words[t.USES] + layer * words[t.USE_ROW_BYTES] + key % experts * USE_BYTES + USE_AFFINITY)
     clock = load(words[t.CLOCK] + layer * LINE)  # after the word, as `age_of` demands
-    loaded_at = i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
+    return word, clock, i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
+
+
+@inner
+def affinity_of(table: int, key: int) -> float:
+    """An expert's present affinity."""
+    words = i64_array(table, t.TABLE_WORDS)
+    word, clock, loaded_at = _latest(table, key)
     return current_affinity(word, clock, loaded_at, f64_array(words[t.NUMBERS], 4)[t.BOOST], words[t.POWERS])
 
 
 @inner
 def last_use(table: int, key: int) -> int:
     """Ticks of its layer since an expert was used or loaded."""
-    words = i64_array(table, t.TABLE_WORDS)
-    experts = words[t.NUM_EXPERTS]
-    layer = key // experts
-    word = load(words[t.USES] + layer * words[t.USE_ROW_BYTES] + key % experts * USE_BYTES + USE_AFFINITY)
-    clock = load(words[t.CLOCK] + layer * LINE)
+    word, clock, loaded_at = _latest(table, key)
     age = age_of(word, clock)
-    loaded_at = i64_array(words[t.LOADED_AT], words[t.NUM_LAYERS] * experts)[key]
     if loaded_at != t.NEVER:
         age = min(age, (clock - loaded_at) & LOW32)
     return age

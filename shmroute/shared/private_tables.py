@@ -1,4 +1,7 @@
-"""The tables of a segment in private memory, for a replay: nothing in ``/dev/shm``, no pool, no other process."""
+"""The tables of a segment in private memory: nothing in ``/dev/shm``, no pool, no other process.
+
+For replays and simulations, and for what one worker knows of its own GPU.
+"""
 
 from __future__ import annotations
 
